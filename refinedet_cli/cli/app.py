@@ -1,0 +1,236 @@
+"""The command line: registers the commands and turns every way to end into an exit code.
+
+Beside the codes of `refinedet_cli.errors`: 0 done, 1 a bug (with its traceback), 130 interrupted, and 141 when the
+reader of a pipe went away, which is what a shell reports for any program stopped so.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from refinedet_cli import __version__
+from refinedet_cli.cli.detect import detect
+from refinedet_cli.cli.eval import evaluate
+from refinedet_cli.cli.output import current_invocation, invocation, write_document, write_error
+from refinedet_cli.cli.train import train
+from refinedet_cli.errors import RefineDetError
+
+PROGRAM = "refinedet"
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+_USAGE, _DATA, _DEVICE = 2, 4, 6
+
+# The words that scripts compare; the codes are those of `refinedet_cli.errors`.
+_TYPES = {
+    1: "bug",
+    _USAGE: "usage",
+    3: "config",
+    _DATA: "data",
+    5: "checkpoint",
+    _DEVICE: "device",
+    7: "gate",
+    8: "partial",
+    INTERRUPTED: "interrupted",
+}
+
+# Failures of the file system that no program can avoid; any other OSError that arrives here is a bug.
+_DISK_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+
+app = typer.Typer(
+    name=PROGRAM,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def examples(*lines: str) -> str:
+    """Lay out example command lines as the epilog of a help page."""
+    # Typer makes one paragraph of neighbouring lines.
+    return "\n\n".join(["[bold]Examples[/bold]", *(_literal(line) for line in lines)])
+
+
+def prose(command: Callable[..., None]) -> str:
+    """Turn a command's docstring into help whose paragraphs fill the width of the terminal."""
+    # Typer would keep the line breaks of the source.
+    return "\n\n".join(" ".join(part.split()) for part in _literal(inspect.getdoc(command) or "").split("\n\n"))
+
+
+def _literal(text: str) -> str:
+    """Keep square brackets from being read as markup."""
+    return text.replace("[", r"\[")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Train, run and measure RefineDet object detectors."""
+
+
+app.command(
+    "detect",
+    help=prose(detect),
+    epilog=examples(
+        "refinedet detect photos --out found",
+        "refinedet detect street.jpg park.jpg --out found --weights runs/signs/best.safetensors --score 0.5 --json",
+    ),
+)(detect)
+app.command(
+    "eval",
+    help=prose(evaluate),
+    epilog=examples(
+        "refinedet eval --dataset signs/test.json --weights runs/signs/best.safetensors",
+        "refinedet eval --dataset VOCdevkit --split test --postprocess caffe --out scores --json",
+    ),
+)(evaluate)
+app.command(
+    "train",
+    help=prose(train),
+    epilog=examples(
+        "refinedet train --data signs --out runs/signs",
+        "refinedet train --data signs/train.json --val signs/val.json --out runs/signs --set train.epochs=30",
+    ),
+)(train)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a command ended when it did not succeed."""
+
+    code: int
+    message: str
+    hint: str | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of the process.
+
+    Returns:
+        One of the documented exit codes. With ``--json`` stdout holds exactly one JSON document, whatever the code.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    options = args[: args.index("--")] if "--" in args else args
+    with invocation(_command_name(args), json="--json" in options):
+        try:
+            return _invoke(args or ["--help"])
+        except BrokenPipeError:
+            return PIPE_CLOSED
+        except KeyboardInterrupt:
+            failure = Failure(INTERRUPTED, "interrupted")
+        except Exception as error:  # the last stop: what is not the user's doing is shown as a bug
+            failure = _expected(error) or _bug(error)
+        return _report(failure)
+
+
+def run() -> None:
+    """Run as the program ``refinedet``: like `main`, and leave with the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A file name may hold bytes, and a class name letters, that the terminal has no form for.
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
+    code = main()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = PIPE_CLOSED
+    if code == PIPE_CLOSED:
+        # Python flushes once more on its way out; let that go nowhere instead of complaining.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)
+
+
+def _command_name(args: Sequence[str]) -> str | None:
+    first = next((arg for arg in args if not arg.startswith("-")), None)
+    return first if first in {command.name for command in app.registered_commands} else None
+
+
+def _invoke(args: list[str]) -> int:
+    """Run Typer without its own ideas of how to end: its exceptions arrive here."""
+    try:
+        code = app(args, prog_name=PROGRAM, standalone_mode=False)
+    except SystemExit as leave:
+        # Typer answers a closed pipe this way; else it is shell completion, which has said all it wants to.
+        if isinstance(leave.__context__, BrokenPipeError):
+            raise leave.__context__ from None
+        raise
+    except typer.Abort as abort:
+        # Typer takes any EOFError for an aborted prompt; a truncated file read by a command is not one.
+        if isinstance(abort.__cause__, EOFError):
+            raise abort.__cause__ from None
+        raise KeyboardInterrupt from None
+    if code == INTERRUPTED:
+        # Typer turns the interrupt into this code.
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else 0
+
+
+def _expected(error: Exception) -> Failure | None:
+    """Explain a failure that is not a bug."""
+    if isinstance(error, RefineDetError):
+        return Failure(error.exit_code, error.message, error.hint)
+    if isinstance(error, typer.TyperException):
+        path = getattr(getattr(error, "ctx", None), "command_path", PROGRAM)
+        message = re.sub(r"\s*\n\s*", " ", error.format_message()).replace(": Value error, ", ": ")
+        return Failure(error.exit_code, message, f"see {path} --help")
+    if _is_out_of_memory(error):
+        first_line = str(error).strip().partition("\n")[0] or "out of memory"
+        return Failure(_DEVICE, first_line, "lower --batch, or choose another --device")
+    if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return Failure(_DATA, f"{place}{error.strerror}", "check permissions and free space, or choose another place")
+    return None
+
+
+def _bug(error: Exception) -> Failure:
+    traceback.print_exception(error, file=sys.stderr)
+    return Failure(1, f"{type(error).__name__}: {error}", "this is a bug: please report it with the lines above")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # Only a process that has loaded torch can have run out of a device's memory, so there is no need to load it here.
+    kind = getattr(sys.modules.get("torch"), "OutOfMemoryError", None)
+    if isinstance(error, MemoryError) or (kind is not None and isinstance(error, kind)):
+        return True
+    # The CPU and MPS allocators raise a plain RuntimeError.
+    return isinstance(error, RuntimeError) and (
+        "backend out of memory" in str(error) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
+def _report(failure: Failure) -> int:
+    """Tell a failure on stderr and, with ``--json``, in the one document that stdout holds."""
+    write_error(failure.message, failure.hint)
+    current = current_invocation()
+    if current.json and not current.answered:
+        error = {
+            "code": failure.code,
+            "type": _TYPES.get(failure.code, "bug"),
+            "message": failure.message,
+            "hint": failure.hint,
+        }
+        try:
+            write_document({"error": error})
+        except BrokenPipeError:
+            return PIPE_CLOSED
+    return failure.code

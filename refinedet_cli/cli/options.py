@@ -1,0 +1,244 @@
+"""The options that commands share: one name, one meaning and one default each.
+
+A default stands in the signature of the command, because Typer reads it there; it is the one written beside the alias
+below, and a test compares all commands. None means "not given": the config, or for runtime options the command,
+decides.
+Paths are not checked here: who opens a file says what is wrong with it, with the right exit code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from refinedet_cli.core.presets import PRESETS
+
+MODEL = "Model"
+DATA = "Data"
+RUNTIME = "Runtime"
+OUTPUT = "Output"
+
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+PrecisionName = Literal["auto", "fp32", "bf16"]
+SplitName = Literal["train", "val", "test"]
+
+
+def complete_preset(incomplete: str) -> list[str]:
+    """List the presets whose name begins as typed, for shell completion."""
+    return [name for name in PRESETS if name.startswith(incomplete)]
+
+
+# Model ---------------------------------------------------------------------------------------------------------------
+
+# = None
+WeightsOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="NAME|FILE",
+        help="A .safetensors file or the name of published weights; train also takes none.",
+        show_default="the bundled detector",
+        rich_help_panel=MODEL,
+    ),
+]
+# = None
+BackboneWeightsOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--backbone-weights",
+        metavar="FILE",
+        help="ImageNet weights to start the backbone from, together with --weights none.",
+        rich_help_panel=MODEL,
+    ),
+]
+# = None
+PresetOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="Detector and recipe to start from: " + ", ".join(PRESETS) + ".",
+        show_default="that of the weights",
+        autocompletion=complete_preset,
+        rich_help_panel=MODEL,
+    ),
+]
+# = None
+ConfigOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE.toml",
+        help="Settings that override the preset.",
+        rich_help_panel=MODEL,
+    ),
+]
+# = None
+SetOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="One setting by its dotted name, such as loss.neg_ratio=3; overrides --config. Repeatable.",
+        rich_help_panel=MODEL,
+    ),
+]
+# = 0.3
+ScoreOpt = Annotated[
+    float,
+    typer.Option(
+        "--score",
+        min=0.0,
+        max=1.0,
+        help="Detections that score lower are neither drawn nor written.",
+        rich_help_panel=MODEL,
+    ),
+]
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+# required
+SourcesArg = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOURCES",
+        help="Pictures, folders, glob patterns, or - for a list of paths on standard input.",
+        show_default=False,
+    ),
+]
+# required
+DataOpt = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help="A COCO JSON, a folder with splits, a VOC root, a YOLO data.yaml or a known name. Repeat to join several.",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
+# required
+DatasetOpt = Annotated[
+    str,
+    typer.Option(
+        "--dataset",
+        metavar="DATA",
+        help="A COCO JSON, a folder with splits, a VOC root, a YOLO data.yaml or a known name.",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
+# = None
+ValOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--val",
+        metavar="DATA",
+        help="Data to validate on.",
+        show_default="that of --data, or 15 % of it held out",
+        rich_help_panel=DATA,
+    ),
+]
+# = None
+ImagesOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--images",
+        metavar="DIR",
+        help="Folder of the pictures that an annotation file names.",
+        show_default="beside the file",
+        rich_help_panel=DATA,
+    ),
+]
+# = "val"
+SplitOpt = Annotated[
+    SplitName,
+    typer.Option("--split", help="Which part of the data.", rich_help_panel=DATA),
+]
+
+# Runtime -------------------------------------------------------------------------------------------------------------
+
+# = "auto"
+DeviceOpt = Annotated[
+    DeviceName,
+    typer.Option("--device", help="Where to compute; auto takes the fastest there is.", rich_help_panel=RUNTIME),
+]
+# = None
+PrecisionOpt = Annotated[
+    PrecisionName | None,
+    typer.Option(
+        "--precision",
+        help="Number format of the network; auto is bf16 where the device computes it natively.",
+        show_default="of the config when training, fp32 otherwise",
+        rich_help_panel=RUNTIME,
+    ),
+]
+# = None
+BatchOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--batch",
+        min=1,
+        metavar="N",
+        help="Pictures computed together.",
+        show_default="of the config when training, else to fit the device",
+        rich_help_panel=RUNTIME,
+    ),
+]
+# = None
+WorkersOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=0,
+        metavar="N",
+        help="Processes that read pictures; results do not depend on it.",
+        show_default="to fit the machine",
+        rich_help_panel=RUNTIME,
+    ),
+]
+# = None
+SeedOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        min=0,
+        metavar="N",
+        help="Every random draw derives from it.",
+        show_default="of the config",
+        rich_help_panel=RUNTIME,
+    ),
+]
+
+# Output --------------------------------------------------------------------------------------------------------------
+
+# required where it is not optional
+OutOpt = Annotated[
+    Path,
+    typer.Option(
+        "--out", metavar="DIR", help="Folder for everything written.", show_default=False, rich_help_panel=OUTPUT
+    ),
+]
+# = None
+OptionalOutOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="Folder for everything written.",
+        show_default="nothing is written",
+        rich_help_panel=OUTPUT,
+    ),
+]
+# = False
+JsonOpt = Annotated[
+    bool,
+    typer.Option("--json", help="Write the result as one JSON document.", rich_help_panel=OUTPUT),
+]
+# = False
+QuietOpt = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="No progress and no remarks; warnings stay.", rich_help_panel=OUTPUT),
+]

@@ -1,0 +1,190 @@
+"""The one sink of everything a command says.
+
+stdout is the result: a table, or with ``--json`` exactly one JSON document. Notes, warnings, errors and progress go to
+stderr. Text is shown as it is: no square bracket in a file name is ever read as markup.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+SCHEMA_VERSION = 1
+
+# A table that is piped has no edge to be cut at: one row is one line, however long.
+_PIPED_WIDTH = 10_000
+
+
+@dataclass
+class Invocation:
+    """What one call of the command line is about, known before its options are read.
+
+    Attributes:
+        command: the command's name, or None where none of the known ones was given.
+        json: whether ``--json`` stands among the arguments.
+        answered: whether a result has been written; stdout then holds all that it may hold.
+    """
+
+    command: str | None = None
+    json: bool = False
+    answered: bool = False
+
+
+_invocation: ContextVar[Invocation | None] = ContextVar("invocation", default=None)
+
+
+@contextmanager
+def invocation(command: str | None, *, json: bool) -> Iterator[Invocation]:
+    """Make an `Invocation` the current one for the length of a ``with`` block."""
+    current = Invocation(command=command, json=json)
+    token = _invocation.set(current)
+    try:
+        yield current
+    finally:
+        _invocation.reset(token)
+
+
+def current_invocation() -> Invocation:
+    """Return the invocation under way, or an empty one outside of `main`."""
+    return _invocation.get() or Invocation()
+
+
+def _console(*, stderr: bool) -> Console:
+    # Without these a file called "cat[red].jpg" or a class called ":car:" would be printed as something else.
+    console = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    return console if stderr or console.is_terminal else _piped_console()
+
+
+def _piped_console() -> Console:
+    return Console(markup=False, emoji=False, highlight=False, no_color=True, width=_PIPED_WIDTH)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a command writes: its result, its remarks and its progress.
+
+    Args:
+        json: the result is one JSON document instead of tables, and there is no progress.
+        quiet: neither notes nor progress; warnings, errors and the result stay.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    _stderr: Console = field(default_factory=lambda: _console(stderr=True), init=False, repr=False, compare=False)
+
+    def result(self, document: Mapping[str, Any], *renderables: RenderableType) -> None:
+        """Write the result to stdout: the document with ``--json``, otherwise the renderables one below the other.
+
+        Args:
+            document: strings, numbers, bools, None, paths, lists, mappings and dataclasses; ``schema_version`` and
+                ``command`` are added. Numbers that JSON has no form for (NaN, infinity) become null.
+            renderables: tables and texts; boxed and coloured on a terminal, plain and uncut when piped.
+
+        Raises:
+            RuntimeError: a result has been written before; a command has one.
+        """
+        current = current_invocation()
+        if current.answered:
+            raise RuntimeError("a command writes one result")
+        if self.json:
+            write_document(document)
+        else:
+            console = _console(stderr=False)
+            for renderable in renderables:
+                console.print(renderable if console.is_terminal else _without_box(renderable), soft_wrap=False)
+        current.answered = True
+
+    def note(self, text: str) -> None:
+        """Write a remark to stderr; silent under ``quiet``."""
+        if not self.quiet:
+            self._stderr.print(Text(text), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Write a warning to stderr, also under ``quiet``."""
+        self._stderr.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+
+    @contextmanager
+    def progress(self, description: str) -> Iterator[Progress]:
+        """Show bars on stderr while the block runs; they vanish at its end.
+
+        Args:
+            description: stands before every bar.
+
+        Yields:
+            A `rich.progress.Progress` without tasks. It shows nothing under ``json`` or ``quiet`` and without a
+            terminal, yet takes the same calls, so that commands need not ask.
+        """
+        hidden = self.json or self.quiet or not sys.stderr.isatty() or self._stderr.is_dumb_terminal
+        bars = Progress(
+            TextColumn(description, markup=False),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._stderr,
+            transient=True,
+            disable=hidden,
+        )
+        with bars:
+            yield bars
+
+
+def write_document(document: Mapping[str, Any]) -> None:
+    """Write one JSON document to stdout, led by ``schema_version`` and ``command``.
+
+    Raises:
+        TypeError: a value has no form in JSON.
+    """
+    head = {"schema_version": SCHEMA_VERSION, "command": current_invocation().command}
+    # Escaped to ASCII: valid whatever encoding stdout has, and whatever bytes a file name is made of.
+    text = json.dumps({**head, **_jsonable(document)}, indent=2, allow_nan=False)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def write_error(message: str, hint: str | None) -> None:
+    """Write an error and its cure to stderr, each on a line of its own."""
+    console = _console(stderr=True)
+    console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    if hint:
+        console.print(Text.assemble(("hint: ", "bold"), hint), soft_wrap=True)
+
+
+def _jsonable(value: Any) -> Any:
+    """Replace what ``json`` cannot write but has an obvious form; leave the rest for it to refuse."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: _jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _without_box(renderable: RenderableType) -> RenderableType:
+    if not isinstance(renderable, Table):
+        return renderable
+    plain = copy.copy(renderable)
+    plain.box = None
+    plain.expand = False
+    plain.title_justify = plain.caption_justify = "left"
+    return plain

@@ -1,0 +1,198 @@
+"""`refinedet train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from refinedet_cli.cli.options import (
+    OUTPUT,
+    RUNTIME,
+    BackboneWeightsOpt,
+    BatchOpt,
+    ConfigOpt,
+    DataOpt,
+    DeviceOpt,
+    ImagesOpt,
+    JsonOpt,
+    OutOpt,
+    PrecisionOpt,
+    PresetOpt,
+    QuietOpt,
+    SeedOpt,
+    SetOpt,
+    ValOpt,
+    WeightsOpt,
+    WorkersOpt,
+)
+from refinedet_cli.cli.output import Output
+
+if TYPE_CHECKING:
+    from refinedet_cli.engine.train import EvaluationReport, Report, StepReport, TrainResult
+
+
+def train(
+    data: DataOpt,
+    out: OutOpt,
+    val: ValOpt = None,
+    images: ImagesOpt = None,
+    weights: WeightsOpt = None,
+    backbone_weights: BackboneWeightsOpt = None,
+    preset: PresetOpt = None,
+    config: ConfigOpt = None,
+    settings: SetOpt = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            "--epochs",
+            min=1,
+            metavar="N",
+            help="Passes over the data.",
+            show_default="of the config",
+            rich_help_panel=RUNTIME,
+        ),
+    ] = None,
+    batch: BatchOpt = None,
+    device: DeviceOpt = "auto",
+    precision: PrecisionOpt = None,
+    workers: WorkersOpt = None,
+    seed: SeedOpt = None,
+    cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--cache/--no-cache",
+            help="Keep all decoded pictures in memory.",
+            show_default="if they take at most a quarter of the free memory",
+            rich_help_panel=RUNTIME,
+        ),
+    ] = None,
+    stop_after: Annotated[
+        float,
+        typer.Option(
+            "--stop-after",
+            min=0.0,
+            metavar="MINUTES",
+            help="Stop cleanly after so long, to go on with --resume.",
+            show_default="run to the end",
+            rich_help_panel=RUNTIME,
+        ),
+    ] = 0.0,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in --out from where it stopped.", rich_help_panel=OUTPUT),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel=OUTPUT),
+    ] = False,
+    json: JsonOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Train a detector on your own pictures.
+
+    It starts from the bundled detector unless told otherwise, so that a few hundred pictures and no network are enough.
+    The folder receives best.safetensors and last.safetensors for detect, eval and export, the resolved config.json,
+    log.csv, metrics.csv, and what --resume needs.
+    """
+    from refinedet_cli.engine import training_session
+
+    output = Output(json=json, quiet=quiet)
+    overrides = {"epochs": epochs, "batch": batch, "precision": precision, "seed": seed}
+    session = training_session.prepare(
+        data=data,
+        val=val,
+        images=images,
+        out=out,
+        weights=weights,
+        backbone_weights=backbone_weights,
+        preset=preset,
+        config=config,
+        settings=[*(settings or []), *(f"train.{k}={v}" for k, v in overrides.items() if v is not None)],
+        device=device,
+        workers=workers,
+        cache=cache,
+        stop_after=stop_after * 60,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    for note in session.notes:
+        output.note(note)
+    with output.progress("train") as bars:
+        result = session.run(_Reporter(output, bars))
+    output.result(_document(result, out, session.settings), *_tables(result, out))
+
+
+class _Reporter:
+    """Turns reports into one bar and a line for each evaluation."""
+
+    def __init__(self, output: Output, bars: Progress) -> None:
+        self.output, self.bars = output, bars
+        self._cache: TaskID | None = None
+        self._steps: TaskID | None = None
+
+    def __call__(self, report: Report) -> None:
+        from refinedet_cli.engine.train import CacheReport, StepReport
+
+        if isinstance(report, CacheReport):
+            if self._cache is None:
+                self._cache = self.bars.add_task("reading pictures", total=report.total)
+            self.bars.update(self._cache, completed=report.done, visible=report.done < report.total)
+        elif isinstance(report, StepReport):
+            if self._steps is None:
+                self._steps = self.bars.add_task("", total=report.steps)
+            self.bars.update(self._steps, completed=report.step, description=_step_line(report))
+        else:
+            self.output.note(_evaluation_line(report))
+
+
+def _step_line(report: StepReport) -> str:
+    parts = " ".join(f"{name} {value:.2f}" for name, value in report.parts.items())
+    positives = "/".join(f"{value:.0f}" for value in report.positives.values())
+    return (
+        f"epoch {report.epoch:.1f}  loss {report.total:.2f} ({parts})  positives {positives}  "
+        f"{report.pictures_per_second:.0f} pictures/s"
+    )
+
+
+def _evaluation_line(report: EvaluationReport) -> str:
+    best = "  best so far" if report.is_best else ""
+    return f"epoch {report.epoch:.0f}: AP {_number(report.result.AP)}  AP50 {_number(report.result.AP50)}{best}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _tables(result: TrainResult, out: Path) -> list[Table | str]:
+    table = Table(title="Training" if result.finished else "Training, stopped to be resumed")
+    for column in ("steps", "pictures", "minutes", "AP", "AP50", "AP75", "best AP"):
+        table.add_column(column, justify="right")
+    last = result.result
+    table.add_row(
+        str(result.steps),
+        f"{result.pictures:,}",
+        f"{result.seconds / 60:.1f}",
+        *(_number(value) for value in ((last.AP, last.AP50, last.AP75) if last else (None,) * 3)),
+        _number(result.best),
+    )
+    return [table, f"weights: {out / 'best.safetensors' if result.best is not None else out / 'last.safetensors'}"]
+
+
+def _document(result: TrainResult, out: Path, config: dict[str, Any]) -> dict[str, Any]:
+    last = result.result
+    return {
+        "finished": result.finished,
+        "steps": result.steps,
+        "pictures": result.pictures,
+        "seconds": round(result.seconds, 3),
+        "best_AP": result.best,
+        "AP": last.AP if last else None,
+        "AP50": last.AP50 if last else None,
+        "AP75": last.AP75 if last else None,
+        "weights": str(out / ("best.safetensors" if result.best is not None else "last.safetensors")),
+        "config": config,
+    }

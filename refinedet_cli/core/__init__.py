@@ -1,0 +1,1 @@
+"""The detector itself: tensors in, tensors out; no files, no terminal, no data sets."""

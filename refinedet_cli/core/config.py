@@ -1,0 +1,420 @@
+"""Settings of a detector and of its training, as frozen dataclasses.
+
+`DetectorConfig` travels with the weights and is all that is needed to rebuild a detector; `TrainConfig` is how a run
+was made and travels as provenance only. Every field is a number, string, bool, None or nested tuple, so that a config
+goes to JSON and back without loss. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from refinedet_cli.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classes:
+    """The foreground classes of a detector, in the order of its outputs.
+
+    Label 0 is background; ``names[i]`` and ``category_ids[i]`` belong to label ``i + 1``.
+    """
+
+    names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _require(len(self.names) > 0, "a detector needs at least one class")
+        _require(len(self.names) == len(self.category_ids), "names and category ids differ in number")
+        _require(len(set(self.names)) == len(self.names), f"class names repeat: {self.names}")
+        _require(len(set(self.category_ids)) == len(self.category_ids), "category ids repeat")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def with_background(self) -> int:
+        """Number of outputs of a softmax classifier: the classes and background."""
+        return len(self.names) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorConfig:
+    """Anchors of every pyramid level.
+
+    Attributes:
+        strides: distance of neighbouring cells of each level, px-in.
+        shapes: per level, the (width, height) of each anchor of a cell, px-in.
+        variances: divisors of the centre offsets and of the size offsets.
+    """
+
+    strides: tuple[int, ...] = (8, 16, 32, 64)
+    shapes: tuple[tuple[tuple[float, float], ...], ...]
+    variances: tuple[float, float] = (0.1, 0.2)
+
+    def __post_init__(self) -> None:
+        _require(len(self.strides) == len(self.shapes), "anchors.strides and anchors.shapes differ in length")
+        _require(all(s > 0 for s in self.strides), f"anchors.strides must be positive, not {self.strides}")
+        _require(all(level for level in self.shapes), "every level needs at least one anchor")
+        _require(
+            all(w > 0 and h > 0 for level in self.shapes for w, h in level),
+            "anchors.shapes must be positive",
+        )
+        _require(all(v > 0 for v in self.variances), "anchors.variances must be positive")
+
+    @classmethod
+    def from_sizes(cls, sizes: tuple[float, ...], ratios: tuple[float, ...], strides: tuple[int, ...]) -> AnchorConfig:
+        """One anchor per aspect ratio (width / height) with the area ``size ** 2``."""
+        shapes = tuple(tuple((s * r**0.5, s / r**0.5) for r in ratios) for s in sizes)
+        return cls(strides=strides, shapes=shapes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Layers of a RefineDet network.
+
+    Attributes:
+        backbone: which feature extractor.
+        tcb_channels: width of the transfer connection blocks.
+        tcb_norm: normalisation after each of their convolutions.
+        arm: predict objectness and a first box refinement (off: one-step regression, no negative filtering).
+        tcb: carry features from coarse to fine levels (off: the detection heads read the backbone's maps).
+    """
+
+    backbone: Literal["vgg16", "mobilenet_v2"]
+    tcb_channels: int = 256
+    tcb_norm: Literal["none", "batch", "group"] = "none"
+    arm: bool = True
+    tcb: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.tcb_channels > 0, f"network.tcb_channels must be positive, not {self.tcb_channels}")
+        _require(
+            self.tcb_norm != "group" or self.tcb_channels % 16 == 0,
+            f"network.tcb_channels must be a multiple of 16 with group normalisation, not {self.tcb_channels}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Matching, hard negative mining and the multi-task loss.
+
+    Attributes:
+        arm_positive_iou, arm_negative_iou: an anchor is positive at or above the first, and may be a negative below
+            the second.
+        odm_positive_iou, odm_negative_iou: the same for refined anchors.
+        neg_ratio: mined negatives for each positive, per picture.
+        arm_filter: negatives whose ARM objectness is below this are too easy for the ODM; 0 switches the filter off.
+        loc_weight: weight of the box terms against the class terms.
+    """
+
+    arm_positive_iou: float = 0.5
+    arm_negative_iou: float = 0.5
+    odm_positive_iou: float = 0.5
+    odm_negative_iou: float = 0.5
+    neg_ratio: float = 3.0
+    arm_filter: float = 0.01
+    loc_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for part in ("arm", "odm"):
+            positive, negative = getattr(self, f"{part}_positive_iou"), getattr(self, f"{part}_negative_iou")
+            _require(
+                0 < negative <= positive <= 1,
+                f"loss.{part}_negative_iou and loss.{part}_positive_iou must satisfy 0 < negative <= positive <= 1, "
+                f"not {negative} and {positive}",
+            )
+        _require(self.neg_ratio >= 0, f"loss.neg_ratio must not be negative, not {self.neg_ratio}")
+        _require(0 <= self.arm_filter < 1, f"loss.arm_filter must be in [0, 1), not {self.arm_filter}")
+        _require(self.loc_weight >= 0, f"loss.loc_weight must not be negative, not {self.loc_weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """How a picture becomes network input: resize to (height, width), then ``(rgb - mean) / std`` on the 0..255 scale.
+
+    ``mean`` and ``std`` are in RGB order whatever ``channel_order`` the network wants.
+    """
+
+    height: int = 320
+    width: int = 320
+    mean: tuple[float, float, float] = (123.0, 117.0, 104.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            _require(value > 0 and value % 64 == 0, f"preprocess.{name} must be a positive multiple of 64, not {value}")
+        _require(all(s > 0 for s in self.std), "preprocess.std must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostprocessConfig:
+    """From network output to detections.
+
+    Attributes:
+        score_threshold: candidates must score above this.
+        arm_filter: anchors whose ARM objectness is below this are dropped; 0 switches the filter off.
+        candidates: how many of the best candidates enter NMS.
+        candidates_per: whether that number is per picture or per class.
+        nms_iou: of two boxes of one class that overlap by more than this, the lower scored goes.
+        keep: the most detections of one picture.
+    """
+
+    score_threshold: float = 0.01
+    arm_filter: float = 0.01
+    candidates: int = 400
+    candidates_per: Literal["picture", "class"] = "picture"
+    nms_iou: float = 0.45
+    keep: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("score_threshold", "arm_filter", "nms_iou"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"postprocess.{name} must be in [0, 1], not {value}")
+        _require(self.candidates > 0, f"postprocess.candidates must be positive, not {self.candidates}")
+        _require(self.keep > 0, f"postprocess.keep must be positive, not {self.keep}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig:
+    """Everything that decides what a detector computes, except its weights."""
+
+    family: Literal["refinedet"] = "refinedet"
+    preset: str
+    classes: Classes
+    network: NetworkConfig
+    anchors: AnchorConfig
+    loss: LossConfig = LossConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    postprocess: PostprocessConfig = PostprocessConfig()
+
+    def __post_init__(self) -> None:
+        _require(
+            self.anchors.strides == (8, 16, 32, 64),
+            f"anchors.strides must be [8, 16, 32, 64], those of the backbone's maps, not {list(self.anchors.strides)}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of training pictures; the defaults are those of the official code.
+
+    Attributes:
+        brightness: largest shift on the 0..255 scale.
+        contrast, saturation: factors are drawn from [1 - x, 1 + x].
+        hue: largest turn in degrees.
+        expand_probability, expand_max: chance and largest factor of placing the picture on a canvas of the mean colour.
+        crop_probability: chance of drawing IoU-constrained crops (the whole picture stays one of the choices).
+        crop_min_scale: the smallest crop, as a fraction of the picture's sides.
+        mirror_probability: chance of a left-right flip.
+    """
+
+    brightness: float = 32.0
+    contrast: float = 0.5
+    saturation: float = 0.5
+    hue: float = 36.0
+    expand_probability: float = 0.5
+    expand_max: float = 4.0
+    crop_probability: float = 1.0
+    crop_min_scale: float = 0.3
+    mirror_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("expand_probability", "crop_probability", "mirror_probability"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"train.augment.{name} must be in [0, 1], not {value}")
+        for name in ("contrast", "saturation"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"train.augment.{name} must be in [0, 1), not {value}")
+        _require(0 <= self.brightness <= 255, f"train.augment.brightness must be in [0, 255], not {self.brightness}")
+        _require(0 <= self.hue <= 180, f"train.augment.hue must be in [0, 180], not {self.hue}")
+        _require(self.expand_max >= 1, f"train.augment.expand_max must be at least 1, not {self.expand_max}")
+        _require(
+            0 < self.crop_min_scale <= 1, f"train.augment.crop_min_scale must be in (0, 1], not {self.crop_min_scale}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a detector is trained.
+
+    Attributes:
+        batch: pictures in one optimiser step.
+        epochs: passes over the data.
+        optimizer: "sgd" (with momentum) or "adamw".
+        lr: learning rate of the heads and the pyramid after warm-up.
+        backbone_lr: factor on ``lr`` for the backbone.
+        bias_lr: factor on ``lr`` for biases, which are never decayed.
+        weight_decay: decay of weights that are not biases or normalisation parameters.
+        warmup_steps: steps over which the rate rises from near 0 to ``lr``.
+        schedule: "cosine" to ``lr * final_lr``, or "multistep" by ``gamma`` at ``milestones``.
+        milestones: where the rate drops, as fractions of the run.
+        ema_decay: decay of the running average of weights that is evaluated and saved; 0 keeps the raw weights.
+        clip_norm: largest norm of all gradients together; 0 switches clipping off.
+        precision: "auto" picks bf16 where the device computes it natively.
+        freeze_stages: backbone stages, from the input up, that are not trained (a stage halves the resolution).
+        freeze_norm: keep the backbone's batch normalisation at its running statistics.
+        small_input: (fraction of the run, scale) pairs: up to that fraction, train at that scale of the input size.
+        evaluate_every: epochs between evaluations; 0 evaluates only at the end.
+        seed: every random draw of the run derives from it.
+    """
+
+    batch: int = 32
+    epochs: int = 60
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 1e-3
+    momentum: float = 0.9
+    backbone_lr: float = 1.0
+    bias_lr: float = 2.0
+    weight_decay: float = 5e-4
+    warmup_steps: int = 500
+    schedule: Literal["cosine", "multistep"] = "cosine"
+    final_lr: float = 0.01
+    milestones: tuple[float, ...] = (2 / 3, 5 / 6)
+    gamma: float = 0.1
+    ema_decay: float = 0.999
+    clip_norm: float = 10.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    freeze_stages: int = 0
+    freeze_norm: bool = True
+    small_input: tuple[tuple[float, float], ...] = ()
+    evaluate_every: int = 5
+    seed: int = 0
+    augment: AugmentConfig = AugmentConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "epochs"):
+            value = getattr(self, name)
+            _require(value >= 1, f"train.{name} must be at least 1, not {value}")
+        _require(self.lr > 0, f"train.lr must be positive, not {self.lr}")
+        for name in ("backbone_lr", "bias_lr", "weight_decay", "warmup_steps", "clip_norm", "freeze_stages"):
+            value = getattr(self, name)
+            _require(value >= 0, f"train.{name} must not be negative, not {value}")
+        _require(0 <= self.seed < 2**63, f"train.seed must be in [0, 2**63), not {self.seed}")
+        _require(self.evaluate_every >= 0, f"train.evaluate_every must not be negative, not {self.evaluate_every}")
+        _require(0 <= self.momentum < 1, f"train.momentum must be in [0, 1), not {self.momentum}")
+        _require(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1), not {self.ema_decay}")
+        _require(0 <= self.final_lr <= 1, f"train.final_lr must be in [0, 1], not {self.final_lr}")
+        _require(0 < self.gamma <= 1, f"train.gamma must be in (0, 1], not {self.gamma}")
+        _require(all(0 < m < 1 for m in self.milestones), f"train.milestones must be in (0, 1), not {self.milestones}")
+        _require(
+            all(0 < until <= 1 and 0 < scale <= 1 for until, scale in self.small_input),
+            f"train.small_input must hold (fraction, scale) pairs in (0, 1], not {self.small_input}",
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turn a config into plain dicts, lists, numbers and strings; ``from_dict`` turns it back into an equal config."""
+    return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[T], data: Any, *, where: str = "") -> T:
+    """Build a config dataclass from plain data, checking every name and type.
+
+    Raises:
+        ConfigError: names the dotted setting that is unknown, missing, of the wrong type or out of range.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where or 'config'} must be a table of settings, not {data!r}")
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in data:
+        if name not in known:
+            raise ConfigError(f"unknown setting {_dotted(where, name)!r}", f"known here: {', '.join(sorted(known))}")
+    missing = [f.name for f in dataclasses.fields(cls) if _is_required(f) and f.name not in data]  # type: ignore[arg-type]
+    if missing:
+        raise ConfigError(f"setting {_dotted(where, missing[0])!r} is missing")
+    return cls(**{name: _convert(hints[name], value, _dotted(where, name)) for name, value in data.items()})
+
+
+def replace_dotted(config: T, name: str, value: Any, *, where: str = "") -> T:
+    """Return a copy of a config with one dotted setting changed, e.g. ``("loss.neg_ratio", 2)``.
+
+    Args:
+        config: left as it is.
+        name: of the setting, seen from ``config``.
+        value: plain data or of the setting's type.
+        where: the place of ``config`` among all settings, for messages.
+
+    Raises:
+        ConfigError: the setting is unknown, or the value does not fit.
+    """
+    head, _, rest = name.partition(".")
+    known = [f.name for f in dataclasses.fields(config)]  # type: ignore[arg-type]
+    if head not in known:
+        raise ConfigError(f"unknown setting {_dotted(where, name)!r}", f"known here: {', '.join(known)}")
+    if rest:
+        child = getattr(config, head)
+        if not dataclasses.is_dataclass(child):
+            raise ConfigError(
+                f"{_dotted(where, head)!r} has no settings of its own, so {_dotted(where, name)!r} does not exist"
+            )
+        new = replace_dotted(child, rest, value, where=_dotted(where, head))
+    else:
+        new = _convert(typing.get_type_hints(type(config))[head], value, _dotted(where, name))
+    return dataclasses.replace(config, **{head: new})  # type: ignore[type-var]
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _dotted(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Convert plain data to the annotated type, or say which setting does not fit."""
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        cls = typing.cast("type", hint)
+        return value if isinstance(value, cls) else from_dict(cls, value, where=where)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{where} must be one of {', '.join(map(str, args))}, not {value!r}")
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is tuple:
+        return _convert_tuple(args, value, where)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        # False for NaN too; integers beyond it would not convert.
+        if not abs(value) <= sys.float_info.max:
+            raise ConfigError(f"{where} must be a finite number, not {value}")
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{where} must be {getattr(hint, '__name__', hint)}, not {value!r}")
+
+
+def _convert_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{where} must be a list, not {value!r}")
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if len(args) != len(value):
+        raise ConfigError(f"{where} must have {len(args)} values, not {len(value)}")
+    return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))

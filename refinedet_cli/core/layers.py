@@ -1,0 +1,123 @@
+"""Building blocks that more than one network uses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Norm = Literal["none", "batch", "group"]
+GROUP_SIZE = 16
+
+
+class L2Norm(nn.Module):
+    """Scale each position's feature vector to unit length, then each channel by a learned factor.
+
+    Source: ParseNet (arXiv:1506.04579), as in SSD; epsilon inside the root as in the official code, so that the
+    gradient is finite where all channels are 0.
+    """
+
+    def __init__(self, channels: int, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((channels,), scale))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Normalise float[B, channels, h, w] at every position; computed in float32."""
+        length = features.float().square().sum(dim=1, keepdim=True).add(1e-10).rsqrt()
+        return (features * length * self.weight[:, None, None]).to(features.dtype)
+
+
+def caffe_init(module: nn.Module) -> None:
+    """Draw convolutions from Caffe's "xavier" (uniform, variance 1 / fan-in, unlike torch's) and set biases to 0.
+
+    Source: weight fillers of the official code. For a deconvolution Caffe takes outputs x kernel area as the fan-in.
+    """
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            bound = math.sqrt(3 / layer.weight[0].numel())
+            nn.init.uniform_(layer.weight, -bound, bound)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def make_norm(kind: Norm, channels: int) -> nn.Module:
+    """Build the normalisation layer that follows a convolution."""
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    if kind == "group":
+        return nn.GroupNorm(channels // GROUP_SIZE, channels)
+    return nn.Identity()
+
+
+def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, norm: Norm = "none") -> list[nn.Module]:
+    """Build a "same" convolution and its normalisation; the convolution has a bias only without normalisation."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=norm == "none")
+    ]
+    if norm != "none":
+        layers.append(make_norm(norm, outputs))
+    return layers
+
+
+def conv_relu(inputs: int, outputs: int, kernel: int, *, stride: int = 1, norm: Norm = "none") -> nn.Sequential:
+    """Build convolution, normalisation and ReLU."""
+    return nn.Sequential(*conv(inputs, outputs, kernel, stride=stride, norm=norm), nn.ReLU(inplace=True))
+
+
+class TransferConnectionBlock(nn.Module):
+    """Turn an anchor refinement feature map into a detection feature map, adding what the coarser level knows.
+
+    Source: RefineDet (arXiv:1711.06897), Sec. 3, transfer connection block. Differs from the figure, as the official
+    code does: the deconvolution is 2x2 with stride 2, and the coarsest block is three convolutions with ReLU.
+    """
+
+    def __init__(self, inputs: int, channels: int, *, coarser: bool, norm: Norm) -> None:
+        super().__init__()
+        self.first = conv_relu(inputs, channels, 3, norm=norm)
+        self.second = nn.Sequential(*conv(channels, channels, 3, norm=norm))
+        self.up = (
+            nn.Sequential(
+                nn.ConvTranspose2d(channels, channels, 2, stride=2, bias=norm == "none"), make_norm(norm, channels)
+            )
+            if coarser
+            else None
+        )
+        self.last = conv_relu(channels, channels, 3, norm=norm)
+
+    def forward(self, features: Tensor, coarser: Tensor | None) -> Tensor:
+        """Map float[B, inputs, h, w] and the coarser float[B, channels, h/2, w/2] to float[B, channels, h, w]."""
+        lateral = self.second(self.first(features))
+        if self.up is not None:
+            lateral = lateral + self.up(coarser)
+        return self.last(functional.relu(lateral))  # type: ignore[no-any-return]
+
+
+class AnchorHead(nn.Module):
+    """One 3x3 convolution per level that predicts class logits and box offsets for each anchor of each cell.
+
+    Both come from one convolution, since two of few outputs cost nearly twice as much; the channels of an anchor are
+    its ``classes`` logits, then its 4 offsets.
+    """
+
+    def __init__(self, inputs: Sequence[int], anchors: Sequence[int], classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.levels = nn.ModuleList(
+            nn.Conv2d(i, a * (classes + 4), 3, padding=1) for i, a in zip(inputs, anchors, strict=True)
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Map level features float[B, inputs, h, w] to logits float[B, A, classes] and offsets float[B, A, 4].
+
+        Anchors are ordered as `tile_anchors` orders them.
+        """
+        flat = [
+            level(features).permute(0, 2, 3, 1).reshape(features.shape[0], -1, self.classes + 4)
+            for level, features in zip(self.levels, maps, strict=True)
+        ]
+        logits, offsets = torch.cat(flat, dim=1).split([self.classes, 4], dim=-1)
+        return logits, offsets

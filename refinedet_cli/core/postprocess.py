@@ -1,0 +1,130 @@
+"""From scored anchors to detections: the best candidates, exact greedy NMS, the best of what is left.
+
+Everything runs on the device of its input, for a whole batch, in shapes that do not depend on the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from refinedet_cli.core.boxes import pair_iou
+from refinedet_cli.core.config import PostprocessConfig
+from refinedet_cli.core.structures import BatchDetections, Candidates, Detections
+
+# Overlaps that are held in memory at once; more rows are worked off in turns.
+_MAX_PAIRS = 1 << 24
+
+
+class Best(NamedTuple):
+    """The best scored anchors of each group: the picture, or each of its classes.
+
+    Attributes:
+        scores: float32[B, G, K], descending; 0 where fewer than K are above the threshold.
+        anchors: int64[B, G, K].
+        labels: int64[B, G, K], in 1..C-1.
+    """
+
+    scores: Tensor
+    anchors: Tensor
+    labels: Tensor
+
+
+def top_candidates(scores: Tensor, config: PostprocessConfig) -> Best:
+    """Choose the candidates that enter NMS.
+
+    Args:
+        scores: float32[B, A, C-1], foreground scores of every anchor.
+        config: threshold (exclusive), number, and whether it counts per picture or per class.
+
+    Returns:
+        `Best`, with G = 1 or G = C-1.
+    """
+    batch, anchors, classes = scores.shape
+    scores = torch.where(scores > config.score_threshold, scores, scores.new_zeros(()))
+    if config.candidates_per == "picture":
+        best = scores.reshape(batch, 1, anchors * classes).topk(min(config.candidates, anchors * classes))
+        return Best(best.values, best.indices // classes, best.indices % classes + 1)
+    best = scores.transpose(1, 2).topk(min(config.candidates, anchors))
+    labels = torch.arange(1, classes + 1, device=scores.device)[:, None].expand_as(best.indices)
+    return Best(best.values, best.indices, labels)
+
+
+def suppress(candidates: Candidates, config: PostprocessConfig) -> BatchDetections:
+    """Drop candidates that overlap a better one of their class, and keep the best of the rest.
+
+    Args:
+        candidates: scores descending in their last dimension, 0 in empty places.
+        config: ``nms_iou`` (a pair at exactly this overlap survives) and ``keep``.
+
+    Returns:
+        `BatchDetections` with ``min(keep, G * K)`` places; no two boxes of one label in a picture overlap by more than
+        ``nms_iou``, and every dropped candidate overlaps a kept one of its label by more or ranks behind ``keep``.
+
+    Source: paper, "Inference".
+    """
+    batch, groups, places = candidates.scores.shape
+    boxes, scores, labels = (t.reshape(batch * groups, places, *t.shape[3:]) for t in candidates)
+    turns = range(0, batch * groups, max(1, _MAX_PAIRS // places**2))
+    cuts = [slice(i, i + turns.step) for i in turns]
+    kept = torch.cat([greedy_keep(boxes[cut], scores[cut], labels[cut], config.nms_iou) for cut in cuts])
+    scores = torch.where(kept.view_as(candidates.scores), candidates.scores, candidates.scores.new_zeros(()))
+    best = scores.reshape(batch, -1).topk(min(config.keep, groups * places))
+    filled = best.values > 0
+    boxes = candidates.boxes.reshape(batch, -1, 4).gather(1, best.indices[..., None].expand(-1, -1, 4))
+    labels = candidates.labels.reshape(batch, -1).gather(1, best.indices)
+    return BatchDetections(
+        boxes=boxes * filled[..., None], scores=best.values, labels=labels * filled, counts=filled.sum(dim=1)
+    )
+
+
+def greedy_keep(boxes: Tensor, scores: Tensor, labels: Tensor, nms_iou: float) -> Tensor:
+    """Decide greedy class-wise NMS for many rows at once.
+
+    A candidate stays if no better candidate that stays suppresses it. Starting from "all stay", this rule is applied to
+    all candidates together until nothing changes; the first k candidates are right after k rounds at the latest, so the
+    result is the greedy one, and in practice a handful of rounds suffice.
+
+    Args:
+        boxes: float32[R, K, 4], xyxy.
+        scores: float32[R, K], descending, 0 in empty places.
+        labels: int64[R, K].
+        nms_iou: overlap above which a better candidate suppresses.
+
+    Returns:
+        bool[R, K], False in empty places.
+    """
+    alive = scores > 0
+    overlap = pair_iou(boxes[:, :, None], boxes[:, None]) > nms_iou
+    suppresses = (overlap & (labels[:, :, None] == labels[:, None])).triu(diagonal=1)  # better row, worse column
+    keep = alive
+    while True:
+        beaten = (suppresses & keep[:, :, None]).any(dim=1)
+        following = alive & ~beaten
+        if torch.equal(following, keep):
+            return keep
+        keep = following
+
+
+def to_detections(batch: BatchDetections, sizes: Sequence[tuple[int, int]]) -> list[Detections]:
+    """Cut a batch into one `Detections` per picture.
+
+    Args:
+        batch: detections of B pictures.
+        sizes: B (height, width) pairs, px-img.
+
+    Returns:
+        B `Detections` on the CPU, clipped to their pictures. A box of which nothing lies inside is left out.
+    """
+    boxes, scores, labels = batch.boxes.cpu(), batch.scores.cpu(), batch.labels.cpu()
+    found = []
+    for i, ((height, width), count) in enumerate(zip(sizes, batch.counts.tolist(), strict=True)):
+        scaled = boxes[i, :count] * torch.tensor([width, height, width, height])
+        limit = torch.tensor([width, height, width, height], dtype=scaled.dtype)
+        scaled = torch.minimum(scaled.clamp(min=0), limit)
+        inside = (scaled[:, 2] > scaled[:, 0]) & (scaled[:, 3] > scaled[:, 1])
+        found.append(Detections(scaled[inside], scores[i, :count][inside], labels[i, :count][inside]))
+    return found

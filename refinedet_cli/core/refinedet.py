@@ -1,0 +1,190 @@
+"""RefineDet: anchors are judged and moved once (ARM), then classified and moved again (ODM).
+
+Source: Zhang et al., "Single-Shot Refinement Neural Network for Object Detection", arXiv:1711.06897, CVPR 2018.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from refinedet_cli.core.anchors import anchors_per_cell, tile_anchors
+from refinedet_cli.core.backbones import build_backbone
+from refinedet_cli.core.boxes import cxcywh_to_xyxy, decode
+from refinedet_cli.core.config import AnchorConfig, DetectorConfig
+from refinedet_cli.core.detector import Detector
+from refinedet_cli.core.layers import AnchorHead, TransferConnectionBlock, caffe_init
+from refinedet_cli.core.loss import multibox_loss
+from refinedet_cli.core.postprocess import top_candidates
+from refinedet_cli.core.structures import Candidates, LossParts, Targets
+
+
+class RawOutput(NamedTuple):
+    """What the network predicts for each anchor; without an ARM the first two are None.
+
+    Attributes:
+        arm_logits: float[B, A, 2], background and object.
+        arm_offsets: float[B, A, 4], from the anchor.
+        odm_logits: float[B, A, C].
+        odm_offsets: float[B, A, 4], from the refined anchor (from the anchor without an ARM).
+        input_size: height and width of the input, px-in.
+    """
+
+    arm_logits: Tensor | None
+    arm_offsets: Tensor | None
+    odm_logits: Tensor
+    odm_offsets: Tensor
+    input_size: tuple[int, int]
+
+
+class RefineDet(nn.Module):
+    """The network, with fresh weights drawn from torch's global generator."""
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        network, per_cell = config.network, anchors_per_cell(config.anchors)
+        self.backbone = build_backbone(network)
+        sources = self.backbone.channels
+        self.arm = AnchorHead(sources, per_cell, 2) if network.arm else None
+        self.tcb = (
+            nn.ModuleList(
+                TransferConnectionBlock(
+                    inputs, network.tcb_channels, coarser=i + 1 < len(sources), norm=network.tcb_norm
+                )
+                for i, inputs in enumerate(sources)
+            )
+            if network.tcb
+            else None
+        )
+        widths = (network.tcb_channels,) * len(sources) if network.tcb else sources
+        self.odm = AnchorHead(widths, per_cell, config.classes.with_background)
+        for name, child in self.named_children():
+            if name != "backbone":
+                caffe_init(child)
+
+    def forward(self, images: Tensor) -> RawOutput:
+        """Map preprocessed pictures float[B, 3, H, W], H and W multiples of 64, to `RawOutput`."""
+        maps = self.backbone(images)
+        refined: list[Tensor] = maps
+        if self.tcb is not None:
+            refined, coarser = [], None
+            for block, features in zip(reversed(self.tcb), reversed(maps), strict=True):
+                coarser = block(features, coarser)
+                refined.insert(0, coarser)
+        arm_logits, arm_offsets = self.arm(maps) if self.arm is not None else (None, None)
+        odm_logits, odm_offsets = self.odm(refined)
+        return RawOutput(arm_logits, arm_offsets, odm_logits, odm_offsets, (images.shape[2], images.shape[3]))
+
+
+class AnchorCache:
+    """Anchors of the input sizes seen so far, on the device they are asked for."""
+
+    def __init__(self, config: AnchorConfig) -> None:
+        self.config = config
+        self._tiled: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
+
+    def __call__(self, input_size: tuple[int, int], device: torch.device) -> Tensor:
+        """Return float32[A, 4], cxcywh, norm."""
+        key = (input_size, device)
+        if key not in self._tiled:
+            self._tiled[key] = tile_anchors(self.config, *input_size).to(device)
+        return self._tiled[key]
+
+
+class Criterion:
+    """The multi-task loss of a batch: ARM on the anchors, ODM on the anchors as the ARM has moved them."""
+
+    def __init__(self, config: DetectorConfig) -> None:
+        self.config = config
+        self.anchors = AnchorCache(config.anchors)
+
+    def __call__(self, raw: RawOutput, targets: Targets) -> LossParts:
+        """Compute the loss in float32, whatever the precision of ``raw``.
+
+        Returns:
+            `LossParts` with the terms arm_conf, arm_loc, odm_conf, odm_loc (already divided by the number of positives)
+            and the positives of each module. Finite for finite input. No gradient flows from the ODM's terms into the
+            ARM's outputs.
+
+        Source: paper, "Loss Function"; mining, filter and normaliser as in multibox_loss_layer of the official code.
+        """
+        loss, variances = self.config.loss, self.config.anchors.variances
+        anchors = self.anchors(raw.input_size, raw.odm_logits.device)
+        parts: dict[str, Tensor] = {}
+        positives: dict[str, Tensor] = {}
+        objectness = None
+        if raw.arm_logits is not None and raw.arm_offsets is not None:
+            arm_logits, arm_offsets = raw.arm_logits.float(), raw.arm_offsets.float()
+            any_object = targets._replace(labels=torch.ones_like(targets.labels))
+            arm = multibox_loss(
+                arm_logits,
+                arm_offsets,
+                anchors,
+                any_object,
+                positive_iou=loss.arm_positive_iou,
+                negative_iou=loss.arm_negative_iou,
+                neg_ratio=loss.neg_ratio,
+                variances=variances,
+            )
+            parts |= {"arm_conf": arm.conf, "arm_loc": arm.loc}
+            positives["arm"] = arm.positives
+            with torch.no_grad():
+                objectness = arm_logits.softmax(dim=-1)[..., 1]
+                anchors = decode(arm_offsets, anchors, variances)
+        odm = multibox_loss(
+            raw.odm_logits.float(),
+            raw.odm_offsets.float(),
+            anchors,
+            targets,
+            positive_iou=loss.odm_positive_iou,
+            negative_iou=loss.odm_negative_iou,
+            neg_ratio=loss.neg_ratio,
+            variances=variances,
+            may_be_negative=None if objectness is None else objectness >= loss.arm_filter,
+        )
+        parts |= {"odm_conf": odm.conf, "odm_loc": odm.loc}
+        positives["odm"] = odm.positives
+        weighted = [loss.loc_weight * term if name.endswith("loc") else term for name, term in parts.items()]
+        return LossParts(
+            total=torch.stack(weighted).sum(), parts={k: v.detach() for k, v in parts.items()}, positives=positives
+        )
+
+
+class Decoder:
+    """Turns raw output into candidates: score, filter, choose the best, and decode only those."""
+
+    def __init__(self, config: DetectorConfig) -> None:
+        self.config = config
+        self.anchors = AnchorCache(config.anchors)
+
+    def __call__(self, raw: RawOutput) -> Candidates:
+        """Score every anchor and class, and decode the best, in float32.
+
+        Source: paper, "Inference"; thresholds and limits come from the config's `PostprocessConfig`.
+        """
+        post, variances = self.config.postprocess, self.config.anchors.variances
+        anchors = self.anchors(raw.input_size, raw.odm_logits.device)
+        scores = raw.odm_logits.float().softmax(dim=-1)[..., 1:]  # [B, A, C-1]
+        if raw.arm_logits is not None:
+            objectness = raw.arm_logits.float().softmax(dim=-1)[..., 1:]
+            scores = torch.where(objectness >= post.arm_filter, scores, scores.new_zeros(()))
+        best = top_candidates(scores, post)
+        boxes = anchors[best.anchors]  # [B, G, K, 4]
+        for offsets in (raw.arm_offsets, raw.odm_offsets):
+            if offsets is not None:
+                boxes = decode(_pick(offsets.float(), best.anchors), boxes, variances)
+        return Candidates(boxes=cxcywh_to_xyxy(boxes), scores=best.scores, labels=best.labels)
+
+
+def _pick(values: Tensor, index: Tensor) -> Tensor:
+    """Gather float[B, A, 4] at int64[B, G, K] along A."""
+    batch, groups, count = index.shape
+    flat = index.reshape(batch, groups * count, 1).expand(-1, -1, values.shape[-1])
+    return values.gather(1, flat).view(batch, groups, count, values.shape[-1])
+
+
+def build(config: DetectorConfig) -> Detector:
+    """Build a RefineDet with fresh weights, drawn from torch's global generator."""
+    return Detector(config=config, network=RefineDet(config), criterion=Criterion(config), decoder=Decoder(config))

@@ -1,0 +1,1 @@
+"""What lies on disk: pictures, annotations, and the samples that training draws from them."""

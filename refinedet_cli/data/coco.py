@@ -1,0 +1,406 @@
+"""COCO annotation files, checked entry by entry and read in one pass."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refinedet_cli.core.config import Classes
+from refinedet_cli.data.dataset import Dataset, Record, listed
+from refinedet_cli.data.images import image_size, open_regular
+from refinedet_cli.errors import DataError
+
+# Files commonly round coordinates to two decimals; what reaches out by no more than that is not worth a note.
+_ROUNDING = 0.02
+# A narrower box has no width left as a float32 fraction of a large picture, and training takes its logarithm.
+_MIN_SIDE = 0.01
+_MAX_INT = 2**63 - 1
+
+
+def read_coco(path: Path, images: Path | None = None, *, search: Sequence[Path] = ()) -> Dataset:
+    """Read a COCO annotation file; the pictures themselves are not looked at.
+
+    Boxes that are not finite, have no area or lie wholly outside their picture are dropped; others are clipped to it.
+    Both are counted in the notes. Classes without objects stay in the list.
+
+    Args:
+        path: the JSON file.
+        images: the folder that ``file_name`` is relative to; the JSON's own if None.
+        search: used where ``images`` is None and the first picture is not in the JSON's own folder but in one of these.
+
+    Returns:
+        the records in the file's order, objects of each in the file's order; classes ordered by category id.
+
+    Raises:
+        DataError: the file is not what it should be, naming the entry; or a picture would lie outside its folder.
+    """
+    document = _load(path)
+    classes, labels = _categories(path, _entries(path, document, "categories"))
+    entries = _entries(path, document, "images")
+    root = _root(path, images, entries, search)
+    pictures = _pictures(path, entries, root)
+    objects = _objects(path, _entries(path, document, "annotations"), pictures.positions, labels)
+    notes = list(pictures.notes)
+    records = _records(pictures, objects, notes)
+    used = set(objects.labels)
+    unused = [name for label, name in enumerate(classes.names, start=1) if label not in used]
+    if unused:
+        notes.append(f"{len(unused):,} of {len(classes):,} classes have no object: {listed(unused)}")
+    return Dataset(f"{path.resolve().parent.name}/{path.stem}", classes, records, tuple(notes))
+
+
+@dataclass
+class _Pictures:
+    """Entries of ``images``, in order, and the place of each id."""
+
+    ids: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    paths: list[Path] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    positions: dict[int, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Objects:
+    """Entries of ``annotations`` as columns; an area of NaN is to be computed."""
+
+    ids: list[int] = field(default_factory=list)
+    pictures: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    boxes: list[list[float]] = field(default_factory=list)
+    areas: list[float] = field(default_factory=list)
+    crowd: list[bool] = field(default_factory=list)
+    difficult: list[bool] = field(default_factory=list)
+
+
+class _Clipped(NamedTuple):
+    boxes: NDArray[np.float64]
+    areas: NDArray[np.float64]
+    keep: NDArray[np.bool_]
+    notes: list[str]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    with open_regular(path) as file:
+        content = file.read()
+    try:
+        document = json.loads(content)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise DataError(
+            f"{path} is not valid JSON ({place}: {error.msg})", "is it a COCO file, and was it copied whole?"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({error})", "is it a COCO file, saved as UTF-8?") from None
+    if isinstance(document, dict):
+        return document
+    if isinstance(document, list) and document and isinstance(document[0], dict) and "score" in document[0]:
+        raise DataError(f"{path} is a list of COCO results, not a data set", "name the annotation file")
+    raise DataError(
+        f"{path} holds a JSON {_kind(document)}, not a COCO data set",
+        "expected an object with images, annotations and categories",
+    )
+
+
+def _kind(value: object) -> str:
+    kinds = {dict: "object", list: "list", str: "string", bool: "truth value", type(None): "null"}
+    return kinds.get(type(value), "number")
+
+
+def _entries(path: Path, document: dict[str, Any], key: str) -> list[Any]:
+    if key not in document:
+        raise DataError(
+            f"{path} has no {key!r}",
+            f"a COCO data set has images, annotations and categories; here are: "
+            f"{listed([str(k) for k in document], 10) or 'none'}",
+        )
+    entries = document[key]
+    if not isinstance(entries, list):
+        raise DataError(f"{path}: {key} is a JSON {_kind(entries)}", "it must be a list")
+    return entries
+
+
+def _get(entry: object, key: str, where: str) -> object:
+    if not isinstance(entry, dict):
+        raise DataError(f"{where} is a JSON {_kind(entry)}", "it must be an object")
+    try:
+        value: object = entry[key]
+    except KeyError:
+        raise DataError(f"{where}{_named(entry)} has no {key!r}", f"add {key!r}, or remove the entry") from None
+    return value
+
+
+def _named(entry: dict[str, Any]) -> str:
+    return f" (id {_shown(entry['id'])})" if "id" in entry else ""
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _whole(entry: object, key: str, where: str) -> int:
+    """A whole number of 64 bits; 3.0 passes, for tools that go through tables write ids so."""
+    value = _get(entry, key, where)
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    if type(value) is not int or not -_MAX_INT <= value <= _MAX_INT:
+        raise DataError(f"{where}: {key} is {_shown(value)}", "it must be a whole number")
+    return value
+
+
+def _categories(path: Path, entries: list[Any]) -> tuple[Classes, dict[int, int]]:
+    """The classes by ascending id, and the label of each id."""
+    names: dict[int, str] = {}
+    for index, entry in enumerate(entries):
+        where = f"{path}: categories[{index}]"
+        identity, name = _whole(entry, "id", where), _get(entry, "name", where)
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(f"{where} (id {identity}): name is {_shown(name)}", "give the class a name")
+        if identity in names:
+            raise DataError(f"{where}: id {identity} is {names[identity]!r} already", "give each class its own id")
+        if name in names.values():
+            raise DataError(f"{where} (id {identity}): the name {name!r} is there already", "merge the two classes")
+        names[identity] = name
+    if not names:
+        raise DataError(f"{path} has no categories", "list the classes with id and name")
+    ordered = sorted(names)
+    classes = Classes(names=tuple(names[i] for i in ordered), category_ids=tuple(ordered))
+    return classes, {identity: label for label, identity in enumerate(ordered, start=1)}
+
+
+def _root(path: Path, images: Path | None, entries: list[Any], search: Sequence[Path]) -> Path:
+    """The folder that file names are relative to."""
+    if images is not None:
+        if not images.is_dir():
+            raise DataError(f"the folder of pictures {images} does not exist", "check --images")
+        return images
+    own = path.parent
+    if search and entries:
+        name = _file_name(entries[0], f"{path}: images[0]")
+        for folder in (own, *search):
+            if (folder / name).is_file():
+                return folder
+    return own
+
+
+def _file_name(entry: object, where: str) -> str:
+    """The path of a picture with forward slashes, not leading upwards."""
+    name = _get(entry, "file_name", where)
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise DataError(f"{where}: file_name is {_shown(name)}", "it must be the path of a picture")
+    relative = name.replace("\\", "/")
+    if relative.startswith("/") or re.match(r"[A-Za-z]:", relative) or ".." in relative.split("/"):
+        raise DataError(
+            f"{where}: file_name {_shown(name)} leads out of the folder of pictures",
+            "use names relative to the JSON's folder, or to the folder given with --images",
+        )
+    return relative
+
+
+def _pictures(path: Path, entries: list[Any], root: Path) -> _Pictures:
+    found = _Pictures()
+    folders: dict[str, list[tuple[str, int]]] = {}
+    for index, entry in enumerate(entries):
+        where = f"{path}: images[{index}]"
+        identity, name = _whole(entry, "id", where), _file_name(entry, where)
+        if found.positions.setdefault(identity, index) != index:
+            raise DataError(
+                f"{where}: image id {identity} is used by images[{found.positions[identity]}] already",
+                "give each picture its own id",
+            )
+        folder, _, leaf = name.rpartition("/")
+        folders.setdefault(folder, []).append((leaf, index))
+        found.ids.append(identity)
+        found.names.append(entry["file_name"])
+        found.paths.append(root / name)
+    if not entries:
+        raise DataError(f"{path} lists no pictures", "is it the right file?")
+    _refuse_links_out(path, root, folders)
+    # After the check of links: a size that is not in the file is read from the picture.
+    found.sizes = [_size(entry, f"{path}: images[{index}]", found.paths[index]) for index, entry in enumerate(entries)]
+    repeated = sum(count - 1 for count in Counter(found.paths).values())
+    if repeated:
+        found.notes.append(f"{repeated:,} pictures are listed more than once, with different ids")
+    return found
+
+
+def _size(entry: dict[str, Any], where: str, picture: Path) -> tuple[int, int]:
+    if not entry.get("width") or not entry.get("height"):  # Absent, null or 0.
+        return image_size(picture)
+    width, height = _whole(entry, "width", where), _whole(entry, "height", where)
+    if not (0 < width < 2**31 and 0 < height < 2**31):
+        raise DataError(f"{where}{_named(entry)}: the size is {width} x {height}", "give the picture's size in pixels")
+    return width, height
+
+
+def _refuse_links_out(path: Path, root: Path, folders: dict[str, list[tuple[str, int]]]) -> None:
+    """Refuse links to somewhere outside ``root``; each folder is listed once, and no ordinary file is asked about."""
+    top = root.resolve()
+    for folder, leaves in folders.items():
+        real = (root / folder).resolve()
+        outside = [leaves[0]] if not real.is_relative_to(top) else _links_out(real, top, leaves)
+        if outside:
+            leaf, index = outside[0]
+            raise DataError(
+                f"{path}: images[{index}]: {root / folder / leaf} is a link out of the folder of pictures {root}",
+                "name the folder that really holds the pictures with --images, or copy them",
+            )
+
+
+def _links_out(folder: Path, top: Path, leaves: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    try:
+        with os.scandir(folder) as listing:
+            links = {entry.name for entry in listing if entry.is_symlink()}
+    except OSError:  # Absent or unreadable: reported when a picture of it is read.
+        return []
+    return [
+        (leaf, index) for leaf, index in leaves if leaf in links and not (folder / leaf).resolve().is_relative_to(top)
+    ]
+
+
+def _objects(path: Path, entries: list[Any], positions: dict[int, int], labels: dict[int, int]) -> _Objects:
+    found = _Objects()
+    seen: dict[int, int] = {}
+    for index, entry in enumerate(entries):
+        where = f"{path}: annotations[{index}]"
+        identity = _whole(entry, "id", where)
+        picture, category = _whole(entry, "image_id", where), _whole(entry, "category_id", where)
+        if seen.setdefault(identity, index) != index:
+            raise DataError(
+                f"{where}: annotation id {identity} is used by annotations[{seen[identity]}] already",
+                "give each annotation its own id",
+            )
+        if picture not in positions:
+            raise DataError(
+                f"{where} (id {identity}): there is no picture with id {picture}", "add it to images, or fix image_id"
+            )
+        if category not in labels:
+            raise DataError(
+                f"{where} (id {identity}): there is no category with id {category}",
+                f"add it to categories, or fix category_id; known are {listed([str(i) for i in labels], 20)}",
+            )
+        found.ids.append(identity)
+        found.pictures.append(positions[picture])
+        found.labels.append(labels[category])
+        found.boxes.append(_box(entry, where))
+        found.areas.append(_area(entry.get("area")))
+        crowd = _flag(entry, "iscrowd", where)
+        found.crowd.append(crowd)
+        # Many writers set "ignore" on every crowd, which says nothing more.
+        found.difficult.append(_flag(entry, "difficult", where) or (_flag(entry, "ignore", where) and not crowd))
+    return found
+
+
+def _box(entry: dict[str, Any], where: str) -> list[float]:
+    box = _get(entry, "bbox", where)
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        raise DataError(
+            f"{where}{_named(entry)}: bbox is {_shown(box)}", "it must be four numbers: left, top, width, height"
+        )
+    return [float("nan") if v is None else float(v) for v in box]
+
+
+def _is_number(value: object) -> bool:
+    # null stands for NaN in JSON that was written by the book; such a box is dropped and counted.
+    return type(value) is float or value is None or (type(value) is int and abs(value) <= _MAX_INT)
+
+
+def _area(value: object) -> float:
+    """The area as given, or NaN where it is absent or no area."""
+    if _is_number(value) and value is not None and 0 < float(value) < float("inf"):  # type: ignore[arg-type]
+        return float(value)  # type: ignore[arg-type]
+    return float("nan")
+
+
+def _flag(entry: dict[str, Any], key: str, where: str) -> bool:
+    value = entry.get(key)
+    if value is None or value is False or value is True:
+        return bool(value)
+    if type(value) in (int, float) and value in (0, 1):
+        return bool(value)
+    raise DataError(f"{where}{_named(entry)}: {key} is {_shown(value)}", "it must be 0 or 1")
+
+
+def _clip(objects: _Objects, sizes: NDArray[np.float64]) -> _Clipped:
+    """Turn xywh into xyxy inside pictures of ``sizes``, float64[N, 2] (width, height), and tell which remain boxes."""
+    given = np.array(objects.boxes, dtype=np.float64).reshape(-1, 4)
+    areas = np.array(objects.areas, dtype=np.float64)
+    finite = _all(np.isfinite(given))
+    # An overflow of left + width is clipped like any other; boxes that are not finite are dropped below.
+    with np.errstate(over="ignore", invalid="ignore"):
+        whole = np.concatenate([given[:, :2], given[:, :2] + given[:, 2:]], axis=1)
+        corner = np.concatenate([sizes, sizes], axis=1)
+        boxes = np.clip(np.where(finite[:, None], whole, 0.0), 0.0, corner)
+        positive = _all(given[:, 2:] >= _MIN_SIDE)
+        inside = _all(boxes[:, 2:] - boxes[:, :2] >= _MIN_SIDE)
+        moved = ~_all(np.abs(boxes - whole) <= _ROUNDING)
+    keep = finite & positive & inside
+    sides = boxes[:, 2:] - boxes[:, :2]
+    own = sides[:, 0] * sides[:, 1]
+    # A box that lost a part lost of its object's area too; what is left fits into the box.
+    areas = np.where(np.isnan(areas), own, np.where(moved, np.minimum(areas, own), areas))
+    kinds = (
+        ("boxes are dropped: not finite numbers", ~finite),
+        ("boxes are dropped: without area (width or height not positive)", finite & ~positive),
+        ("boxes are dropped: outside their picture", finite & positive & ~inside),
+        ("boxes reach out of their picture and are clipped", keep & moved),
+    )
+    notes = [f"{int(which.sum()):,} {text}{_examples(objects, which)}" for text, which in kinds if which.any()]
+    return _Clipped(boxes, areas, keep, notes)
+
+
+def _all(holds: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    result: NDArray[np.bool_] = np.logical_and.reduce(holds, axis=1)
+    return result
+
+
+def _examples(objects: _Objects, which: NDArray[np.bool_]) -> str:
+    ids = [str(objects.ids[i]) for i in np.flatnonzero(which)[:3]]
+    return f" (annotation ids {', '.join(ids)}{', ...' if which.sum() > len(ids) else ''})"
+
+
+def _records(pictures: _Pictures, objects: _Objects, notes: list[str]) -> tuple[Record, ...]:
+    """Sort the objects to their pictures; what was dropped or clipped is added to ``notes``."""
+    of_picture = np.array(objects.pictures, dtype=np.int64)
+    sizes = np.array(pictures.sizes, dtype=np.float64)
+    clipped = _clip(objects, sizes[of_picture])
+    notes += clipped.notes
+    kept = np.flatnonzero(clipped.keep)
+    order = kept[np.argsort(of_picture[kept], kind="stable")]
+    ends = np.cumsum(np.bincount(of_picture[order], minlength=len(pictures.ids))).tolist()
+    boxes, areas = clipped.boxes[order], clipped.areas[order]
+    labels = np.array(objects.labels, dtype=np.int64)[order]
+    crowd, difficult = np.array(objects.crowd, dtype=bool)[order], np.array(objects.difficult, dtype=bool)[order]
+    ids = np.array(objects.ids, dtype=np.int64)[order]
+    records = []
+    start = 0
+    for i, end in enumerate(ends):
+        part = slice(start, end)
+        records.append(
+            Record(
+                image_id=pictures.ids[i],
+                path=pictures.paths[i],
+                width=pictures.sizes[i][0],
+                height=pictures.sizes[i][1],
+                boxes=boxes[part],
+                labels=labels[part],
+                areas=areas[part],
+                crowd=crowd[part],
+                difficult=difficult[part],
+                annotation_ids=ids[part],
+                file_name=pictures.names[i],
+            )
+        )
+        start = end
+    return tuple(records)

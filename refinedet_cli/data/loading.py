@@ -1,0 +1,199 @@
+"""Training batches: which pictures, changed how, in which order; all of it a function of (seed, step)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from refinedet_cli.core.config import AugmentConfig, PreprocessConfig
+from refinedet_cli.core.preprocess import Window, preprocess
+from refinedet_cli.core.structures import Target, Targets
+from refinedet_cli.data.augment import distort_colours, draw_view, view_boxes
+from refinedet_cli.data.dataset import Dataset, Record
+from refinedet_cli.data.images import read_image
+from refinedet_cli.errors import DataError
+
+
+class Draw(NamedTuple):
+    """One sample to make: the picture, the epoch that seeds its randomness, and the input size of this step."""
+
+    picture: int
+    epoch: int
+    preprocess: PreprocessConfig
+
+
+class Batch(NamedTuple):
+    """One training batch.
+
+    Attributes:
+        images: float32[B, 3, height, width], preprocessed.
+        targets: their objects.
+        indices: the pictures, by their place in the data set.
+    """
+
+    images: Tensor
+    targets: Targets
+    indices: tuple[int, ...]
+
+
+class Plan:
+    """The order of pictures over a whole run, readable from any step.
+
+    Args:
+        count: pictures.
+        batch: pictures a step; a data set smaller than this is taken whole at each step.
+        epochs: passes; the remainder of a pass that does not fill a batch is left out and reshuffled.
+        seed: of the permutations.
+        sizes: the preprocessing of a step, given the fraction of the run that is done.
+    """
+
+    def __init__(
+        self, count: int, batch: int, epochs: int, seed: int, sizes: Callable[[float], PreprocessConfig]
+    ) -> None:
+        self.count, self.batch, self.seed, self.sizes = count, min(batch, count), seed, sizes
+        self.steps_per_epoch = max(1, count // self.batch)
+        self.steps = self.steps_per_epoch * epochs
+
+    def batches(self, start: int) -> Iterator[list[Draw]]:
+        """Yield the draws of each step from ``start`` to the end of the run."""
+        for step in range(start, self.steps):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if step == start or place == 0:
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            size = self.sizes(step / self.steps)
+            yield [Draw(int(i), epoch, size) for i in order[place * self.batch : (place + 1) * self.batch]]
+
+
+class TrainingSet(TorchDataset[tuple[Tensor, Target, int]]):
+    """Makes samples; every random choice of a sample derives from (seed, epoch, index), so workers cannot change it."""
+
+    def __init__(self, dataset: Dataset, augment: AugmentConfig, seed: int) -> None:
+        self.dataset, self.augment, self.seed = dataset, augment, seed
+        self._cache: Tensor | None = None
+        self._starts: Tensor | None = None
+
+    def fill_cache(self, threads: int, on_picture: Callable[[], None]) -> None:
+        """Decode all pictures into memory that worker processes share.
+
+        Raises:
+            DataError: a picture cannot be read.
+        """
+        sizes = torch.tensor([r.width * r.height * 3 for r in self.dataset.records], dtype=torch.int64)
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+        cache = torch.empty(int(starts[-1]), dtype=torch.uint8).share_memory_()
+
+        def fill(index: int) -> None:
+            picture = read_record(self.dataset.records[index])
+            cache[starts[index] : starts[index + 1]] = torch.from_numpy(picture).flatten()
+
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(fill, range(len(self.dataset.records))):
+                on_picture()
+        self._cache, self._starts = cache, starts
+
+    def cache_bytes(self) -> int:
+        """Compute what the decoded pictures would take."""
+        return sum(r.width * r.height * 3 for r in self.dataset.records)
+
+    def __len__(self) -> int:
+        return len(self.dataset.records)
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Target, int]:
+        """Make one sample: float32[3, height, width], its objects, and the picture's place."""
+        record = self.dataset.records[draw.picture]
+        image = self._picture(draw.picture, record)
+        generator = np.random.default_rng([self.seed, draw.epoch, draw.picture])
+        trainable = ~record.crowd
+        boxes, labels = record.boxes[trainable], record.labels[trainable]
+        height, width = image.shape[:2]
+        view = draw_view(height, width, boxes, self.augment, generator)
+        left, top = max(view.window.left, 0), max(view.window.top, 0)
+        visible = image[top : min(view.window.bottom, height), left : min(view.window.right, width)]
+        visible = distort_colours(visible, self.augment, generator)
+        window = Window(
+            view.window.left - left, view.window.top - top, view.window.right - left, view.window.bottom - top
+        )
+        moved, kept = view_boxes(boxes, view)
+        target = Target(torch.from_numpy(moved).float(), torch.from_numpy(labels[kept]))
+        pixels = preprocess(torch.from_numpy(np.ascontiguousarray(visible)), draw.preprocess, window, view.mirror)
+        return pixels, target, draw.picture
+
+    def _picture(self, index: int, record: Record) -> np.ndarray:
+        if self._cache is None or self._starts is None:
+            return read_record(record)
+        flat = self._cache[self._starts[index] : self._starts[index + 1]]
+        return flat.view(record.height, record.width, 3).numpy()
+
+
+def read_record(record: Record) -> np.ndarray:
+    """Read a picture of a data set.
+
+    Returns:
+        uint8[H, W, 3], RGB.
+
+    Raises:
+        DataError: it cannot be read, or is not of the size that the annotations say.
+    """
+    image = read_image(record.path)
+    if image.shape[:2] != (record.height, record.width):
+        raise DataError(
+            f"{record.path}: the picture is {image.shape[1]} x {image.shape[0]} but its annotation says "
+            f"{record.width} x {record.height}",
+            "boxes would not fit; correct the annotation file, or rotate the picture as its EXIF data says",
+        )
+    return image
+
+
+def collate(samples: Sequence[tuple[Tensor, Target, int]]) -> Batch:
+    """Join samples."""
+    images, targets, indices = zip(*samples, strict=True)
+    return Batch(torch.stack(images), Targets.pack(targets), indices)
+
+
+class _Guarded(TorchDataset[tuple[Tensor, Target, int] | DataError]):
+    """Hands an error on as a value: raised in a worker process, it would arrive as the text of a traceback."""
+
+    def __init__(self, data: TrainingSet) -> None:
+        self.data = data
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Target, int] | DataError:
+        try:
+            return self.data[draw]
+        except DataError as error:
+            return error
+
+
+def _collate_guarded(samples: Sequence[tuple[Tensor, Target, int] | DataError]) -> Batch | DataError:
+    made = []
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+        made.append(sample)
+    return collate(made)
+
+
+def make_loader(data: TrainingSet, plan: Plan, start: int, workers: int, *, pin: bool) -> Iterator[Batch]:
+    """Load the batches of a plan from a step on, ahead of their use, in ``workers`` processes (0: in this one).
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    loader = DataLoader(
+        _Guarded(data),
+        batch_sampler=plan.batches(start),
+        collate_fn=_collate_guarded,
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch

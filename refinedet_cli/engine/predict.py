@@ -1,0 +1,102 @@
+"""Pictures in, detections out: the one path from pixels to boxes that every command takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from refinedet_cli.core.config import Classes, DetectorConfig
+from refinedet_cli.core.postprocess import suppress, to_detections
+from refinedet_cli.core.preprocess import preprocess
+from refinedet_cli.core.structures import Detections
+from refinedet_cli.engine.device import Precision
+from refinedet_cli.zoo.checkpoint import LoadedDetector
+
+
+class Predictor:
+    """A detector ready to use on a device.
+
+    Args:
+        loaded: its network is moved to the device and put into evaluation mode, in place.
+        device: where to compute.
+        precision: of the network; decoding and suppression are always float32.
+
+    Attributes:
+        loaded, device, precision: as given.
+    """
+
+    def __init__(self, loaded: LoadedDetector, *, device: torch.device, precision: Precision) -> None:
+        self.loaded = loaded
+        self.device = device
+        self.precision = precision
+        self._network = loaded.detector.network.to(device=device)
+        self._network.to(memory_format=torch.channels_last)
+        self._network.eval()
+
+    @property
+    def config(self) -> DetectorConfig:
+        """The config the detector was built from."""
+        return self.loaded.config
+
+    @property
+    def classes(self) -> Classes:
+        """The classes that labels stand for."""
+        return self.loaded.config.classes
+
+    def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """Find the objects in a batch of pictures, which may differ in size.
+
+        Args:
+            images: B pictures uint8[H, W, 3], RGB; B may be 0. They are computed together: who has many passes a few at
+                a time.
+
+        Returns:
+            one `Detections` per picture, in order, on the CPU. In fp32 they do not depend on which pictures are
+            computed together.
+
+        Raises:
+            ValueError: a picture is not uint8[H, W, 3].
+        """
+        for i, image in enumerate(images):
+            _check(image, i)
+        if not images:
+            return []
+        config = self.config
+        with torch.inference_mode(), _exact_convolutions():
+            # A read-only or mirrored array has no tensor view, so these are copied.
+            pixels = (torch.from_numpy(np.require(image, requirements=["C", "W"])) for image in images)
+            inputs = torch.stack([preprocess(image, config.preprocess) for image in pixels])
+            inputs = inputs.to(self.device).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+                raw = self._network(inputs)
+            found = suppress(self.loaded.detector.decoder(raw), config.postprocess)
+            return to_detections(found, [(image.shape[0], image.shape[1]) for image in images])
+
+
+def _check(image: NDArray[np.uint8], i: int) -> None:
+    if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
+        return
+    cure = ""
+    if image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 1):
+        cure = "; repeat the grey channel three times"
+    elif image.ndim == 3 and image.shape[2] == 4:
+        cure = "; drop the alpha channel"
+    elif image.dtype != np.uint8:
+        cure = "; scale it to 0..255 and convert it to uint8"
+    raise ValueError(f"picture {i}: expected uint8[H, W, 3], got {image.dtype}{list(image.shape)}{cure}")
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """Keep cuDNN from rounding float32 to TF32, and from choosing another algorithm for another batch size."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
+def default_batch(device: torch.device) -> int:
+    """How many pictures to compute together where nobody said: beyond this, more brings little speed."""
+    return 32 if device.type == "cuda" else 8

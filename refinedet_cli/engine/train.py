@@ -1,0 +1,530 @@
+"""Training: one loop for every detector family, resumable at any step."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refinedet_cli import __version__
+from refinedet_cli.core.config import PreprocessConfig, TrainConfig, to_dict
+from refinedet_cli.core.detector import Detector
+from refinedet_cli.core.structures import LossParts
+from refinedet_cli.data.dataset import Dataset
+from refinedet_cli.data.files import write_json
+from refinedet_cli.data.loading import Batch, Plan, TrainingSet, make_loader
+from refinedet_cli.engine.device import Precision
+from refinedet_cli.engine.evaluate import evaluate
+from refinedet_cli.engine.predict import Predictor
+from refinedet_cli.engine.run_state import RunState, load_state, save_state
+from refinedet_cli.errors import ConfigError, GateError
+from refinedet_cli.metrics.coco import CocoResult
+from refinedet_cli.zoo.checkpoint import LoadedDetector, save_checkpoint
+
+STATE_FILE = "state.pt"
+LAST_FILE = "last.safetensors"
+BEST_FILE = "best.safetensors"
+LOG_FILE = "log.csv"
+METRICS_FILE = "metrics.csv"
+SAVE_EVERY_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Where training is; averages are over the steps since the last report.
+
+    Attributes:
+        step, steps: done and in all.
+        epoch: passes done.
+        lr: rate of the heads.
+        input_size: height and width of this step's pictures, px-in.
+        total: the loss.
+        parts: its terms.
+        positives: matched anchors per picture, by module.
+        gradient_norm: before clipping.
+        pictures_per_second: over the last report's steps.
+        seconds_left: at that speed, evaluations not counted.
+    """
+
+    step: int
+    steps: int
+    epoch: float
+    lr: float
+    input_size: tuple[int, int]
+    total: float
+    parts: dict[str, float]
+    positives: dict[str, float]
+    gradient_norm: float
+    pictures_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """The averaged weights on the validation pictures after a number of steps."""
+
+    step: int
+    epoch: float
+    result: CocoResult
+    is_best: bool
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """How many training pictures are decoded into memory."""
+
+    done: int
+    total: int
+
+
+Report = StepReport | EvaluationReport | CacheReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What of a run is not part of its recipe.
+
+    Attributes:
+        out: folder of the run.
+        device, precision: where and how to compute.
+        workers: processes that make samples.
+        cache: keep all decoded pictures in memory.
+        resume: go on from the folder's state.
+        stop_after: stop cleanly (to be resumed) after this many seconds; 0 never.
+        provenance: plain data for the checkpoints.
+    """
+
+    out: Path
+    device: torch.device
+    precision: Precision
+    workers: int
+    cache: bool
+    resume: bool
+    stop_after: float
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        finished: False when it stopped early to be resumed.
+        steps: optimiser steps done.
+        result: of the last evaluation, if there was one.
+        best: best validation AP, if there was an evaluation.
+        seconds: of this call.
+        pictures: training pictures seen by this call.
+    """
+
+    finished: bool
+    steps: int
+    result: CocoResult | None
+    best: float | None
+    seconds: float
+    pictures: int
+
+
+class Average:
+    """Running average of weights; the early steps weigh more, so that a short run is not held at its random start."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.tensors = {n: t.detach().clone() for n, t in network.state_dict().items()}
+
+    def update(self, network: nn.Module, step: int) -> None:
+        """Take one step's weights in; ``step`` counts from 1."""
+        decay = min(self.decay, step / (step + 10))
+        raw = network.state_dict()
+        floating = [n for n, t in self.tensors.items() if t.is_floating_point()]
+        torch._foreach_lerp_([self.tensors[n] for n in floating], [raw[n] for n in floating], 1 - decay)
+        for name in self.tensors.keys() - set(floating):
+            self.tensors[name].copy_(raw[name])
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Compute the factor on the base rate at a step.
+
+    Args:
+        config: schedule and warm-up.
+        step: 0-based.
+        steps: of the whole run.
+
+    Returns:
+        A factor in (0, 1]: it rises linearly over the warm-up, which is at most a tenth of the run, then follows the
+        schedule.
+    """
+    warmup = min(config.warmup_steps, steps // 10)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - warmup)
+    if config.schedule == "multistep":
+        return config.gamma ** sum(step / steps >= m for m in config.milestones)
+    return config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Group parameters by part and kind: biases and normalisation are not decayed, biases get ``bias_lr``.
+
+    Frozen parameters are left out. Each group's ``lr`` is multiplied by `learning_rate` at every step.
+    """
+    norms = {
+        id(p)
+        for m in network.modules()
+        if isinstance(m, (nn.GroupNorm, nn.modules.batchnorm._BatchNorm))
+        for p in m.parameters()
+    }
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        factor = config.backbone_lr if name.startswith("backbone.features") else 1.0
+        is_norm, is_bias = id(parameter) in norms, name.endswith("bias")
+        key = (factor * (config.bias_lr if is_bias and not is_norm else 1.0), float(not (is_norm or is_bias)))
+        groups.setdefault(key, []).append(parameter)
+    described = [
+        {"params": parameters, "lr": config.lr * rate, "base_lr": config.lr * rate, "weight_decay": decays}
+        for (rate, decay), parameters in groups.items()
+        for decays in [config.weight_decay * decay]
+    ]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(described)
+    return torch.optim.SGD(described, momentum=config.momentum)
+
+
+def freeze(network: nn.Module, config: TrainConfig) -> None:
+    """Put the network into training mode, with the backbone's lowest stages and normalisation fixed as configured."""
+    network.train()
+    backbone: Any = network.backbone
+    stages = backbone.stages()
+    for stage in stages[: config.freeze_stages]:
+        stage.requires_grad_(False)
+        stage.eval()
+    if config.freeze_norm:
+        for module in (m for stage in stages for m in stage.modules()):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+                module.requires_grad_(False)
+
+
+def input_sizes(preprocess: PreprocessConfig, config: TrainConfig) -> Callable[[float], PreprocessConfig]:
+    """Make the function that gives the preprocessing at a fraction of the run."""
+
+    def at(done: float) -> PreprocessConfig:
+        scale = next((s for until, s in sorted(config.small_input) if done < until), 1.0)
+        height, width = (max(64, round(v * scale / 64) * 64) for v in (preprocess.height, preprocess.width))
+        return replace(preprocess, height=height, width=width)
+
+    return at
+
+
+def train(
+    detector: Detector,
+    data: Dataset,
+    validation: Dataset | None,
+    config: TrainConfig,
+    options: RunOptions,
+    on_progress: Callable[[Report], None],
+) -> TrainResult:
+    """Train a detector and leave its best and last weights, log and resume state in ``options.out``.
+
+    Args:
+        detector: built and warm-started; its network is trained in place.
+        data: training pictures.
+        validation: pictures to measure the averaged weights on; the best AP decides which weights are "best".
+        config: the recipe.
+        options: where and how to run.
+        on_progress: called with every report.
+
+    Returns:
+        `TrainResult`. A run that is resumed at any step ends with the same weights as one that never stopped.
+
+    Raises:
+        ConfigError: the state to resume was made with another recipe or other data.
+        GateError: the loss stopped being finite.
+        DataError: a picture cannot be read.
+    """
+    return _Run(detector, data, validation, config, options, on_progress).run()
+
+
+class _Run:
+    """The moving parts of one call of `train`."""
+
+    def __init__(
+        self,
+        detector: Detector,
+        data: Dataset,
+        validation: Dataset | None,
+        config: TrainConfig,
+        options: RunOptions,
+        on_progress: Callable[[Report], None],
+    ) -> None:
+        self.detector, self.data, self.validation = detector, data, validation
+        self.config, self.options, self.on_progress = config, options, on_progress
+        self.network = detector.network.to(options.device).to(memory_format=torch.channels_last)
+        freeze(self.network, config)
+        self.optimizer = make_optimizer(self.network, config)
+        self.average = Average(self.network, config.ema_decay)
+        self.settings = {"detector": to_dict(detector.config), "train": to_dict(config)}
+        self.samples = TrainingSet(data, config.augment, config.seed)
+        self.plan = Plan(
+            len(data.records),
+            config.batch,
+            config.epochs,
+            config.seed,
+            input_sizes(detector.config.preprocess, config),
+        )
+        self.step = 0
+        self.best: float | None = None
+        self.result: CocoResult | None = None
+        self.log = _Log(options.out)
+
+    def run(self) -> TrainResult:
+        out = self.options.out
+        out.mkdir(parents=True, exist_ok=True)
+        if self.options.resume:
+            self._resume(load_state(out / STATE_FILE))
+        else:
+            self.log.restart()
+        write_json(out / "config.json", self.settings)
+        if self.options.cache:
+            self._fill_cache()
+        start = saved = time.monotonic()
+        first = self.step
+        finished = True
+        for batch in self._batches():
+            self._train_step(batch)
+            evaluate_now = self._is_evaluation_step()
+            if evaluate_now:
+                self._evaluate()
+            now = time.monotonic()
+            if evaluate_now or now - saved > SAVE_EVERY_SECONDS:
+                self._save()
+                saved = time.monotonic()
+            if self.options.stop_after and now - start > self.options.stop_after and self.step < self.plan.steps:
+                finished = False
+                break
+        self._save()
+        pictures = (self.step - first) * self.plan.batch
+        return TrainResult(finished, self.step, self.result, self.best, time.monotonic() - start, pictures)
+
+    def _batches(self) -> Iterator[Batch]:
+        pin = self.options.device.type == "cuda"
+        yield from make_loader(self.samples, self.plan, self.step, self.options.workers, pin=pin)
+
+    def _train_step(self, batch: Batch) -> None:
+        factor = learning_rate(self.config, self.step, self.plan.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        device = self.options.device
+        images = batch.images.to(device, memory_format=torch.channels_last, non_blocking=True)
+        targets = batch.targets.to(device)
+        bf16 = self.options.precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+            raw = self.network(images)
+        loss = self.detector.criterion(raw, targets)
+        self._refuse_non_finite(loss, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm or math.inf)
+        self.optimizer.step()
+        self.step += 1
+        if self.config.ema_decay:
+            self.average.update(self.network, self.step)
+        report = self.log.add(
+            loss, norm, batch, step=self.step, plan=self.plan, lr=self.config.lr * factor, size=images.shape[2:]
+        )
+        if report is not None:
+            self.on_progress(report)
+
+    def _refuse_non_finite(self, loss: LossParts, batch: Batch) -> None:
+        if bool(loss.total.isfinite()):
+            return
+        pictures = ", ".join(self.data.records[i].file_name for i in batch.indices[:4])
+        terms = ", ".join(f"{name} {float(value):.4g}" for name, value in loss.parts.items())
+        raise GateError(
+            f"the loss is not finite at step {self.step + 1} ({terms}; first pictures: {pictures})",
+            f"lower train.lr (now {self.config.lr}) or lengthen train.warmup_steps; the state of before is in "
+            f"{self.options.out / STATE_FILE}",
+        )
+
+    def _is_evaluation_step(self) -> bool:
+        if self.step == self.plan.steps:
+            return True
+        every = self.config.evaluate_every * self.plan.steps_per_epoch
+        return bool(every) and self.step % every == 0
+
+    def _weights(self) -> dict[str, Tensor]:
+        return self.average.tensors if self.config.ema_decay else dict(self.network.state_dict())
+
+    def _evaluate(self) -> None:
+        if self.validation is None:
+            return
+        network = copy.deepcopy(self.network)
+        network.load_state_dict(self._weights())
+        network.requires_grad_(False)
+        loaded = LoadedDetector(replace(self.detector, network=network.eval()), {}, self.options.out / LAST_FILE)
+        predictor = Predictor(loaded, device=self.options.device, precision=self.options.precision)
+        evaluation = evaluate(predictor, self.validation, batch=self.config.batch, workers=max(1, self.options.workers))
+        self.result = evaluation.result
+        ap = self.result.AP or 0.0
+        is_best = self.best is None or ap > self.best
+        if is_best:
+            self.best = ap
+            self._save_weights(BEST_FILE)
+        epoch = self.step / self.plan.steps_per_epoch
+        self.log.evaluation(self.step, epoch, self.result)
+        self.on_progress(EvaluationReport(self.step, epoch, self.result, is_best))
+
+    def _save(self) -> None:
+        self._save_weights(LAST_FILE)
+        save_state(
+            self.options.out / STATE_FILE,
+            RunState(
+                step=self.step,
+                network=dict(self.network.state_dict()),
+                ema=self.average.tensors,
+                optimizer=self.optimizer.state_dict(),
+                best=self.best,
+                settings=self.settings,
+                data=self.data.fingerprint,
+            ),
+        )
+
+    def _save_weights(self, name: str) -> None:
+        metrics = {} if self.result is None else {"AP": self.result.AP, "AP50": self.result.AP50}
+        provenance = {
+            **self.options.provenance,
+            "tool_version": __version__,
+            "train": to_dict(self.config),
+            "step": self.step,
+            "pictures_seen": self.step * self.plan.batch,
+            "data": {"name": self.data.name, "pictures": len(self.data.records), "sha256": self.data.fingerprint},
+            "validation": None
+            if self.validation is None
+            else {"name": self.validation.name, "pictures": len(self.validation.records), **metrics},
+        }
+        save_checkpoint(self.options.out / name, self.detector.config, self._weights(), provenance)
+
+    def _resume(self, state: RunState) -> None:
+        if state.settings != self.settings:
+            raise ConfigError(
+                f"the run in {self.options.out} was started with other settings: "
+                f"{_first_difference(state.settings, self.settings)}",
+                "give the same options to resume it, or start a new run from its last.safetensors with --weights",
+            )
+        if state.data != self.data.fingerprint:
+            raise ConfigError(
+                f"the run in {self.options.out} was started on other training data",
+                "give the same data to resume it, or start a new run from its last.safetensors with --weights",
+            )
+        self.network.load_state_dict(state.network)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.average.tensors = {n: t.to(self.options.device) for n, t in state.ema.items()}
+        self.step, self.best = state.step, state.best
+        self.log.cut(self.step)
+
+    def _fill_cache(self) -> None:
+        total, done = len(self.data.records), 0
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            self.on_progress(CacheReport(done, total))
+
+        self.samples.fill_cache(max(1, torch.get_num_threads()), count)
+
+
+class _Log:
+    """Averages of the steps since the last report, and the run's CSV files."""
+
+    every_seconds = 2.0
+
+    def __init__(self, out: Path) -> None:
+        self.steps, self.metrics = out / LOG_FILE, out / METRICS_FILE
+        self._sums: dict[str, Tensor] = {}
+        self._count = self._pictures = 0
+        self._since = time.monotonic()
+
+    def restart(self) -> None:
+        for path in (self.steps, self.metrics):
+            path.unlink(missing_ok=True)
+
+    def cut(self, step: int) -> None:
+        """Drop the rows beyond a step, which a resumed run will write again."""
+        for path in (self.steps, self.metrics):
+            if path.is_file():
+                head, *rows = path.read_text(encoding="utf-8").splitlines()
+                kept = [r for r in rows if r and int(r.split(",")[0]) <= step]
+                path.write_text("\n".join([head, *kept, ""]), encoding="utf-8")
+
+    def add(
+        self, loss: LossParts, norm: Tensor, batch: Batch, *, step: int, plan: Plan, lr: float, size: torch.Size
+    ) -> StepReport | None:
+        values = {"total": loss.total.detach(), "gradient_norm": norm.detach(), **loss.parts}
+        values |= {f"positives_{name}": n / len(batch.indices) for name, n in loss.positives.items()}
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+        self._pictures += len(batch.indices)
+        elapsed = time.monotonic() - self._since
+        if elapsed < self.every_seconds and step < plan.steps:
+            return None
+        means = {name: float(value) / self._count for name, value in self._sums.items()}
+        report = StepReport(
+            step=step,
+            steps=plan.steps,
+            epoch=step / plan.steps_per_epoch,
+            lr=lr,
+            input_size=(size[0], size[1]),
+            total=means["total"],
+            parts={name: means[name] for name in loss.parts},
+            positives={name: means[f"positives_{name}"] for name in loss.positives},
+            gradient_norm=means["gradient_norm"],
+            pictures_per_second=self._pictures / elapsed,
+            seconds_left=(plan.steps - step) * elapsed / self._count,
+        )
+        self._sums, self._count, self._pictures, self._since = {}, 0, 0, time.monotonic()
+        row = {
+            "step": step,
+            "epoch": round(report.epoch, 4),
+            "lr": f"{lr:.6g}",
+            "input": f"{size[0]}x{size[1]}",
+            **{name: f"{value:.5g}" for name, value in means.items()},
+            "pictures_per_second": round(report.pictures_per_second, 2),
+        }
+        _append(self.steps, row)
+        return report
+
+    def evaluation(self, step: int, epoch: float, result: CocoResult) -> None:
+        numbers = {k: v for k, v in asdict(result).items() if isinstance(v, float) or v is None}
+        _append(self.metrics, {"step": step, "epoch": round(epoch, 4), **numbers})
+        self._since = time.monotonic()
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    new = not path.is_file()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _first_difference(old: Any, new: Any, where: str = "") -> str:
+    """Name the first setting in which two configs differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                return _first_difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    return f"{where} was {old!r} and is {new!r}"

@@ -1,0 +1,1 @@
+"""Weights: checkpoints that rebuild their own model, and the places they come from."""

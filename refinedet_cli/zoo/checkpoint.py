@@ -1,0 +1,183 @@
+"""Checkpoints: one safetensors file whose header rebuilds the detector."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from refinedet_cli.core.config import DetectorConfig, from_dict, to_dict
+from refinedet_cli.core.detector import Detector
+from refinedet_cli.core.refinedet import build
+from refinedet_cli.errors import CheckpointError, ConfigError
+
+FORMAT = "refinedet"
+FORMAT_VERSION = 1
+
+Header = dict[str, Any]
+# Each entry turns a header and its tensors of that version into the next version's.
+MIGRATIONS: dict[int, Callable[[Header, dict[str, Tensor]], tuple[Header, dict[str, Tensor]]]] = {}
+
+
+@dataclass(frozen=True)
+class LoadedDetector:
+    """A detector with its trained weights and what is known of their origin.
+
+    Attributes:
+        detector: in evaluation mode, float32, on the CPU.
+        provenance: tool version, preset, seed, data and metrics, as the training run recorded them.
+        path: the file it came from.
+    """
+
+    detector: Detector
+    provenance: dict[str, Any]
+    path: Path
+
+    @property
+    def config(self) -> DetectorConfig:
+        """The config the detector was built from."""
+        return self.detector.config
+
+
+def save_checkpoint(
+    path: Path,
+    config: DetectorConfig,
+    tensors: Mapping[str, Tensor],
+    provenance: Mapping[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write weights with everything needed to use them.
+
+    Args:
+        path: where to; written whole, so that an interruption leaves the old file or the new one.
+        config: rebuilds the detector, its classes and preprocessing included.
+        tensors: the network's state; floating-point tensors are stored as ``dtype``.
+        provenance: plain data on how the weights were made.
+        dtype: float32, or float16 for half the size.
+
+    Raises:
+        CheckpointError: a weight is not finite, or does not fit the dtype; nothing is written.
+        OSError: the file system refused.
+    """
+    stored = {
+        name: (t.detach().to(dtype) if t.is_floating_point() else t.detach()).cpu().contiguous()
+        for name, t in tensors.items()
+    }
+    for name, tensor in stored.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path}: weight {name!r} is not finite as {dtype}", "the training run has diverged")
+    header = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "config": json.dumps(to_dict(config)),
+        "provenance": json.dumps(dict(provenance), allow_nan=False),
+    }
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(stored, temporary, metadata=header)
+        with Path(temporary).open("r+b") as written:
+            os.fsync(written.fileno())
+        # mkstemp gives the file to its owner alone; a checkpoint is as readable as any other output.
+        umask = os.umask(0o077)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def read_header(path: Path) -> tuple[DetectorConfig, dict[str, Any]]:
+    """Read config and provenance without the weights.
+
+    Raises:
+        CheckpointError: the file is missing, is no checkpoint of ours, or is from a newer version.
+    """
+    header, _ = _read(path, tensors=False)
+    return _config(path, header), header["provenance"]
+
+
+def load_detector(path: Path) -> LoadedDetector:
+    """Rebuild a detector from its checkpoint.
+
+    Returns:
+        `LoadedDetector`; every weight of the file is used and every weight of the network is in the file.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, no checkpoint of ours, or does not hold exactly the weights that
+            its own config asks for.
+    """
+    header, tensors = _read(path, tensors=True)
+    config = _config(path, header)
+    detector = build(config)
+    try:
+        detector.network.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path}: the weights do not fit the file's own config: {reason[:300]}", "the file is damaged; get it again"
+        ) from None
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path}: weight {name!r} is not finite", "the file is damaged; get it again")
+    detector.network.eval()
+    return LoadedDetector(detector=detector, provenance=header["provenance"], path=path)
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path, *, tensors: bool) -> tuple[Header, dict[str, Tensor]]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file", "name a .safetensors file that `refinedet train` wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            content = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})", "get the file again") from None
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: a safetensors file, but not a checkpoint of this tool", "its header does not say format refinedet"
+        )
+    try:
+        version = int(metadata["format_version"])
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: written by a newer version of this tool (format {version})", "upgrade refinedet"
+            )
+        if version < FORMAT_VERSION and version not in MIGRATIONS:
+            raise ValueError(f"there is no format {version}")
+        header: Header = {
+            "format_version": version,
+            "config": json.loads(metadata["config"]),
+            "provenance": json.loads(metadata["provenance"]),
+        }
+        if not isinstance(header["provenance"], dict):
+            raise ValueError("provenance is not a table")
+    except (KeyError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the header is damaged ({error!r})", "get the file again") from None
+    while header["format_version"] < FORMAT_VERSION:
+        header, content = MIGRATIONS[header["format_version"]](header, content)
+    return header, {name: t.float() if t.is_floating_point() else t for name, t in content.items()}
+
+
+def _config(path: Path, header: Header) -> DetectorConfig:
+    try:
+        return from_dict(DetectorConfig, header["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: the stored config is not valid: {error.message}", error.hint) from None

@@ -1,0 +1,129 @@
+"""`refinedet train` from the command line: a new run, its folder, resume, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from refinedet_cli.core.config import Classes
+from refinedet_cli.core.presets import tiny
+from refinedet_cli.core.refinedet import build
+from refinedet_cli.zoo.checkpoint import load_detector, save_checkpoint
+
+FAST = ("--set", "train.evaluate_every=0", "--precision", "fp32", "--workers", 0, "--batch", 4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Ten pictures with squares of two classes."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(1)
+    images, annotations = [], []
+    for i in range(10):
+        pixels = generator.integers(0, 60, (64, 64, 3), dtype=np.uint8)
+        left, top, side = (int(v) for v in generator.integers((0, 0, 14), (30, 30, 30)))
+        pixels[top : top + side, left : left + side] = (200, 30, 30) if i % 2 else (30, 200, 30)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": 64, "height": 64})
+        box = {"bbox": [left, top, side, side], "area": side * side, "iscrowd": 0}
+        annotations.append({"id": i, "image_id": i, "category_id": 3 + i % 2, **box})
+    categories = [{"id": 3, "name": "green"}, {"id": 4, "name": "red"}]
+    path = folder / "squares.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A detector of the tiny preset that knows red and blue."""
+    torch.manual_seed(5)
+    config = tiny(Classes(names=("red", "blue"), category_ids=(1, 2))).detector
+    path = tmp_path_factory.mktemp("weights") / "colours.safetensors"
+    save_checkpoint(path, config, build(config).network.state_dict(), {})
+    return path
+
+
+def test_a_run_from_scratch_leaves_weights_that_detect(run, data, tmp_path):
+    out = tmp_path / "run"
+    ended = run("train", "--data", data, "--out", out, "--weights", "none", "--preset", "tiny", "--epochs", 2, *FAST)
+    assert ended.code == 0, ended.stderr
+    assert "pictures held out of" in ended.stderr
+    loaded = load_detector(out / "best.safetensors")
+    assert loaded.config.classes == Classes(names=("green", "red"), category_ids=(3, 4))
+    assert loaded.provenance["train"]["epochs"] == 2
+    found = run("detect", data.parent / "0.png", "--weights", out / "best.safetensors", "--json")
+    assert found.code == 0, found.stderr
+    assert json.loads(found.stdout)["pictures"]
+
+
+def test_json_is_one_document_and_replays(run, data, tmp_path):
+    first = run(
+        *("train", "--data", data, "--val", data, "--out", tmp_path / "a", "--weights", "none", "--preset", "tiny"),
+        *("--epochs", 1, "--seed", 3, "--set", "loss.neg_ratio=2", "--json", *FAST),
+    )
+    assert first.code == 0, first.stderr
+    document = json.loads(first.stdout)
+    assert document["command"] == "train"
+    assert document["finished"] is True
+    assert document["config"]["detector"]["loss"]["neg_ratio"] == 2.0
+    again = run(
+        *("train", "--data", data, "--val", data, "--out", tmp_path / "b", "--weights", "none", "--preset", "tiny"),
+        *("--config", tmp_path / "a" / "config.json", "--workers", 0),
+    )
+    assert again.code == 0, again.stderr
+    assert (tmp_path / "a" / "config.json").read_bytes() == (tmp_path / "b" / "config.json").read_bytes()
+    one, two = (load_detector(tmp_path / name / "last.safetensors") for name in "ab")
+    torch.testing.assert_close(one.detector.network.state_dict(), two.detector.network.state_dict(), rtol=0, atol=0)
+
+
+def test_it_starts_from_weights_and_says_which_classes_it_knows(run, data, weights, tmp_path):
+    ended = run("train", "--data", data, "--out", tmp_path / "run", "--weights", weights, "--epochs", 1, *FAST)
+    assert ended.code == 0, ended.stderr
+    assert "class outputs taken over by name: red; the rest are new" in ended.stderr
+    provenance = load_detector(tmp_path / "run" / "last.safetensors").provenance
+    assert provenance["start"] == {"weights": "colours.safetensors", "classes_taken_over": ["red"]}
+
+
+def test_a_folder_with_a_run_is_neither_overwritten_nor_resumed_unasked(run, data, weights, tmp_path):
+    call = ("train", "--data", data, "--out", tmp_path / "run", "--weights", weights, "--epochs", 2, *FAST)
+    stopped = run(*call, "--stop-after", 1e-6, "--json")
+    assert stopped.code == 0, stopped.stderr
+    assert json.loads(stopped.stdout)["finished"] is False
+    refused = run(*call)
+    assert refused.code == 2
+    assert "holds a run already" in refused.stderr
+    resumed = run(*call, "--resume", "--json")
+    assert json.loads(resumed.stdout)["steps"] == 4
+    changed = run(*call, "--resume", "--set", "train.lr=0.5")
+    assert changed.code == 3
+    assert "train.lr was" in changed.stderr
+    assert run(*call, "--overwrite").code == 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "said"),
+    [
+        pytest.param(("--set", "train.lr=-1"), 3, "train.lr must be positive", id="out of range"),
+        pytest.param(("--set", "train.lr"), 3, "has no value", id="no value"),
+        pytest.param(("--set", "loss.nonsense=1"), 3, "unknown setting", id="unknown setting"),
+        pytest.param(("--preset", "yolo"), 3, "no preset is called 'yolo'", id="unknown preset"),
+        pytest.param(("--config", "nowhere.toml"), 3, "nowhere.toml", id="missing run file"),
+        pytest.param(("--weights", "nowhere.safetensors"), 5, "nowhere.safetensors", id="missing weights"),
+        pytest.param(("--preset", "refinedet320_vgg16"), 5, "none of these weights fit", id="other architecture"),
+        pytest.param(("--resume",), 5, "nothing to resume", id="nothing to resume"),
+        pytest.param(("--batch", 0), 2, "--batch", id="malformed option"),
+        pytest.param(("--val", "nowhere.json"), 4, "nowhere.json", id="missing validation data"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_nothing_written(run, data, weights, tmp_path, extra, code, said):
+    out = tmp_path / "run"
+    ended = run("train", "--data", data, "--out", out, "--weights", weights, "--epochs", 1, *FAST, *extra)
+    assert ended.code == code, ended.stderr
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
+    assert not (out / "last.safetensors").exists()

@@ -1,0 +1,111 @@
+"""What all tests share: tolerances, the command line, sample data, and a closed door to the network."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# rtol and atol of torch.testing.assert_close, for values of order one that went through a whole network.
+TOLERANCES: dict[torch.dtype, dict[str, float]] = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-10},
+    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+}
+
+
+class Finished(NamedTuple):
+    """How a call of the command line ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+class NetworkError(AssertionError):
+    """A test tried to leave this machine."""
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The top folder of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tolerance() -> Callable[[torch.dtype], dict[str, float]]:
+    """The one table of tolerances: ``assert_close(a, b, **tolerance(torch.float32))``."""
+    return TOLERANCES.__getitem__
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # The networks of the tests are so small that threads only wait for each other.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """Call the command line in this process: ``code, stdout, stderr = run("detect", folder, "--json")``."""
+
+    def call(*args: object) -> Finished:
+        from refinedet_cli.cli.app import main
+
+        capsys.readouterr()
+        code = main([str(arg) for arg in args])
+        return Finished(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real pictures beside the repository; they are not part of it, so a test that wants them may have to skip."""
+    folder = Path(os.environ.get("REFINEDET_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no sample data at {folder}; set REFINEDET_TEST_DATA to its folder")
+    return folder
+
+
+def _refuse_unless_local(address: Any) -> None:
+    # A path (or bytes) is a Unix socket; a tuple begins with the host.
+    host = address[0] if isinstance(address, tuple) else None
+    if host is not None and host not in ("localhost", "::1", "") and not str(host).startswith("127."):
+        raise NetworkError(f"a test tried to reach {host}")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect, connect_ex, getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+
+    def guarded_connect(self: socket.socket, address: Any) -> None:
+        _refuse_unless_local(address)
+        connect(self, address)
+
+    def guarded_connect_ex(self: socket.socket, address: Any) -> int:
+        _refuse_unless_local(address)
+        return connect_ex(self, address)
+
+    def guarded_getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_unless_local((host,))
+        return getaddrinfo(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded_connect)
+    monkeypatch.setattr(socket.socket, "connect_ex", guarded_connect_ex)
+    monkeypatch.setattr(socket, "getaddrinfo", guarded_getaddrinfo)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

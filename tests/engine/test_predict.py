@@ -1,0 +1,177 @@
+"""From pictures to detections."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from refinedet_cli.core.config import Classes
+from refinedet_cli.core.postprocess import suppress, to_detections
+from refinedet_cli.core.preprocess import preprocess
+from refinedet_cli.core.presets import tiny
+from refinedet_cli.core.refinedet import build
+from refinedet_cli.core.structures import Detections
+from refinedet_cli.engine.predict import Predictor, default_batch
+from refinedet_cli.zoo.checkpoint import LoadedDetector, load_detector, save_checkpoint
+
+CPU = torch.device("cpu")
+SIZES = ((64, 64), (48, 100), (130, 31), (20, 20), (64, 65), (90, 90), (33, 77))
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory) -> LoadedDetector:
+    """A seeded random detector whose scores differ from box to box."""
+    config = tiny(Classes(names=("person", "cat", "dog"), category_ids=(1, 17, 18))).detector
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build(config).network
+        for name, parameter in network.named_parameters():
+            if name.startswith(("arm", "odm")):
+                torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 1.0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_checkpoint(path, config, network.state_dict(), {})
+    return load_detector(path)
+
+
+@pytest.fixture
+def predictor(loaded) -> Predictor:
+    return Predictor(loaded, device=CPU, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def images() -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
+
+
+def assert_same(a: Detections, b: Detections) -> None:
+    """Every detection has its equal in the other list, within 1e-4; of two nearly tied ones either may come first."""
+    assert len(a) == len(b)
+    torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=1e-4)
+    near = (a.boxes[:, None] - b.boxes[None]).abs().amax(dim=2) < 1e-2
+    equal = near & (a.labels[:, None] == b.labels) & ((a.scores[:, None] - b.scores).abs() < 1e-4)
+    assert equal.any(dim=0).all()
+    assert equal.any(dim=1).all()
+
+
+def test_what_is_found_does_not_depend_on_the_batch(predictor, images):
+    together = predictor.predict(images)
+    assert sum(len(d) for d in together) > 50
+    for image, expected in zip(images, together, strict=True):
+        assert_same(predictor.predict([image])[0], expected)
+
+
+def test_what_is_found_does_not_depend_on_the_order(predictor, images):
+    forward, backward = predictor.predict(images), predictor.predict(images[::-1])
+    for a, b in zip(forward, backward[::-1], strict=True):
+        assert_same(a, b)
+
+
+def test_it_is_the_chain_of_the_core(predictor, loaded, images):
+    config, detector = loaded.config, loaded.detector
+    with torch.no_grad():
+        inputs = torch.stack([preprocess(torch.from_numpy(image), config.preprocess) for image in images])
+        expected = to_detections(suppress(detector.forward(inputs), config.postprocess), list(SIZES))
+    for a, b in zip(predictor.predict(images), expected, strict=True):
+        assert_same(a, b)
+
+
+def test_boxes_lie_inside_their_pictures_and_scores_descend(predictor, images):
+    for (height, width), found in zip(SIZES, predictor.predict(images), strict=True):
+        assert len(found)
+        assert (found.boxes >= 0).all()
+        assert (found.boxes[:, 0::2] <= width).all()
+        assert (found.boxes[:, 1::2] <= height).all()
+        assert (found.scores.diff() <= 0).all()
+        assert found.boxes.dtype == found.scores.dtype == torch.float32
+        assert found.boxes.device == CPU
+        assert not found.boxes.requires_grad
+
+
+def test_no_pictures_no_detections(predictor):
+    assert predictor.predict([]) == []
+
+
+@pytest.mark.parametrize(
+    ("image", "cure"),
+    [
+        (np.zeros((8, 8), np.uint8), "repeat the grey channel"),
+        (np.zeros((8, 8, 1), np.uint8), "repeat the grey channel"),
+        (np.zeros((8, 8, 4), np.uint8), "drop the alpha channel"),
+        (np.zeros((8, 8, 3), np.float32), "convert it to uint8"),
+        (np.zeros((0, 8, 3), np.uint8), "expected uint8"),
+        (np.zeros((3, 8, 8), np.uint8), "expected uint8"),
+    ],
+    ids=["grey", "grey3d", "alpha", "float", "empty", "channels first"],
+)
+def test_other_arrays_are_refused_by_place_and_cure(predictor, images, image, cure):
+    with pytest.raises(ValueError, match=f"picture 1: .*{cure}"):
+        predictor.predict([images[0], image])
+
+
+def test_read_only_and_mirrored_arrays_are_taken_and_left_alone(predictor, images):
+    frozen = images[1].copy()
+    frozen.flags.writeable = False
+    mirrored = images[1][:, ::-1]
+    before = mirrored.copy()
+    found = predictor.predict([frozen, mirrored])
+    assert_same(found[0], predictor.predict([images[1]])[0])
+    assert_same(found[1], predictor.predict([before])[0])
+    np.testing.assert_array_equal(mirrored, before)
+
+
+def test_predicting_leaves_the_weights_and_statistics_as_they_are(loaded, images):
+    loaded.detector.network.train()
+    predictor = Predictor(loaded, device=CPU, precision="fp32")
+    assert not loaded.detector.network.training
+    before = {name: tensor.clone() for name, tensor in loaded.detector.network.state_dict().items()}
+    predictor.predict(images)
+    for name, tensor in loaded.detector.network.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision_and_memory_layout_of_the_network(loaded, images, precision, dtype):
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(module, inputs, output) -> None:
+        seen.setdefault("input", inputs[0])
+        seen["output"] = output
+
+    predictor = Predictor(loaded, device=CPU, precision=precision)
+    convolution = next(m for m in loaded.detector.network.modules() if isinstance(m, torch.nn.Conv2d))
+    handle = convolution.register_forward_hook(look)
+    try:
+        found = predictor.predict(images)
+    finally:
+        handle.remove()
+    assert seen["output"].dtype == dtype
+    assert seen["output"].is_inference()
+    assert seen["input"].is_contiguous(memory_format=torch.channels_last)
+    assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    assert predictor.precision == precision
+    assert all(d.boxes.dtype == torch.float32 for d in found)
+    assert sum(map(len, found)) > 50
+
+
+def test_switches_of_cudnn_are_put_back(predictor, images):
+    before = (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
+    predictor.predict(images[:1])
+    after = (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
+    assert after == before
+
+
+def test_batches_fit_the_device():
+    assert 1 <= default_batch(CPU) <= default_batch(torch.device("cuda"))
+
+
+@pytest.mark.gpu
+def test_the_gpu_finds_the_same(loaded, images):
+    expected = Predictor(loaded, device=CPU, precision="fp32").predict(images)
+    try:
+        found = Predictor(loaded, device=torch.device("cuda"), precision="fp32").predict(images)
+    finally:
+        loaded.detector.network.to(CPU)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.scores[:20], b.scores[:20], rtol=0, atol=1e-3)

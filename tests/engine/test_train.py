@@ -1,0 +1,261 @@
+"""Training: resume, logs, what is saved, and that nothing ever becomes NaN."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from refinedet_cli.core.config import Classes, TrainConfig
+from refinedet_cli.core.presets import Preset, tiny
+from refinedet_cli.core.refinedet import build
+from refinedet_cli.data.dataset import Dataset, Record
+from refinedet_cli.engine import train as training
+from refinedet_cli.engine.run_state import load_state
+from refinedet_cli.engine.train import (
+    EvaluationReport,
+    Report,
+    RunOptions,
+    StepReport,
+    TrainResult,
+    input_sizes,
+    learning_rate,
+    make_optimizer,
+    train,
+)
+from refinedet_cli.errors import CheckpointError, ConfigError, GateError
+from refinedet_cli.zoo.checkpoint import load_detector
+
+ONE_CLASS = Classes(names=("square",), category_ids=(7,))
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Twelve pictures of bright squares on dark noise; one shows nothing, one holds a crowd box."""
+    folder = tmp_path_factory.mktemp("squares")
+    generator = np.random.default_rng(0)
+    records = []
+    for i in range(12):
+        pixels = generator.integers(0, 60, (80, 96, 3), dtype=np.uint8)
+        boxes = []
+        for _ in range(0 if i == 3 else 1 + i % 3):
+            left, top, side = (int(v) for v in generator.integers((0, 0, 12), (60, 44, 36)))
+            pixels[top : top + side, left : left + side] = (220, 200, 40)
+            boxes.append((left, top, left + side, top + side))
+        path = folder / f"{i}.png"
+        Image.fromarray(pixels).save(path)
+        array = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+        count = len(array)
+        records.append(
+            Record(
+                image_id=i,
+                path=path,
+                width=96,
+                height=80,
+                boxes=array,
+                labels=np.ones(count, np.int64),
+                areas=np.prod(array[:, 2:] - array[:, :2], axis=1),
+                crowd=np.arange(count) == (0 if i == 5 else -1),
+                difficult=np.zeros(count, bool),
+                annotation_ids=np.arange(count) + 100 * i,
+                file_name=path.name,
+            )
+        )
+    return Dataset("squares", ONE_CLASS, tuple(records))
+
+
+def preset(**changes: object) -> Preset:
+    base = tiny(ONE_CLASS)
+    settings: dict[str, object] = {"batch": 4, "epochs": 3, "warmup_steps": 2, "precision": "fp32", **changes}
+    return replace(base, train=replace(base.train, **settings))  # type: ignore[arg-type]
+
+
+def options(out: Path, **changes: object) -> RunOptions:
+    base = RunOptions(
+        out=out,
+        device=torch.device("cpu"),
+        precision="fp32",
+        workers=0,
+        cache=False,
+        resume=False,
+        stop_after=0.0,
+        provenance={"preset": "tiny"},
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def run(
+    data: Dataset,
+    recipe: Preset,
+    chosen: RunOptions,
+    *,
+    validation: Dataset | None = None,
+    on_progress: Callable[[Report], None] = lambda report: None,
+) -> TrainResult:
+    torch.manual_seed(0)
+    return train(build(recipe.detector), data, validation, recipe.train, chosen, on_progress)
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_resumed_mid_epoch_equals_one_that_never_stopped(
+    squares: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    recipe = preset(optimizer=optimizer)
+    run(squares, recipe, options(tmp_path / "whole"))
+    # Saved after every step, then killed in the middle of the second epoch; steps after the last save are lost.
+    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", -1.0)
+    real, calls = training._Run._train_step, 0
+
+    def dies(self: training._Run, batch: training.Batch) -> None:
+        nonlocal calls
+        calls += 1
+        real(self, batch)
+        if calls == 5:
+            raise _Killed
+
+    monkeypatch.setattr(training._Run, "_train_step", dies)
+    with pytest.raises(_Killed):
+        run(squares, recipe, options(tmp_path / "cut"))
+    assert load_state(tmp_path / "cut" / "state.pt").step == 4
+    run(squares, recipe, options(tmp_path / "cut", resume=True))
+    whole, cut = (load_state(tmp_path / name / "state.pt") for name in ("whole", "cut"))
+    assert whole.step == cut.step == 9
+    for part in ("network", "ema", "optimizer"):
+        torch.testing.assert_close(getattr(cut, part), getattr(whole, part), rtol=0, atol=0)
+
+
+def test_resume_refuses_another_recipe_other_data_and_an_empty_folder(squares: Dataset, tmp_path: Path) -> None:
+    recipe = preset(epochs=1)
+    run(squares, recipe, options(tmp_path))
+    again = options(tmp_path, resume=True)
+    with pytest.raises(ConfigError, match=r"train\.lr was 0.001 and is 0.002"):
+        run(squares, preset(epochs=1, lr=0.002), again)
+    with pytest.raises(ConfigError, match="other training data"):
+        run(replace(squares, records=squares.records[:11]), recipe, again)
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        run(squares, recipe, options(tmp_path / "new", resume=True))
+
+
+def test_the_folder_holds_weights_logs_and_config(squares: Dataset, tmp_path: Path) -> None:
+    reports: list[Report] = []
+    result = run(
+        squares,
+        preset(epochs=2, evaluate_every=1),
+        options(tmp_path, cache=True),
+        validation=squares,
+        on_progress=reports.append,
+    )
+    assert result.finished
+    assert result.steps == 6
+    assert result.pictures == 24
+    evaluations = [r for r in reports if isinstance(r, EvaluationReport)]
+    assert [r.step for r in evaluations] == [3, 6]
+    assert result.best == max(r.result.AP or 0.0 for r in evaluations)
+    last = [r for r in reports if isinstance(r, StepReport)][-1]
+    assert last.step == last.steps == 6
+    for name in ("last", "best"):
+        loaded = load_detector(tmp_path / f"{name}.safetensors")
+        assert loaded.config.classes == ONE_CLASS
+        assert loaded.provenance["data"] == {"name": "squares", "pictures": 12, "sha256": squares.fingerprint}
+    assert loaded.provenance["preset"] == "tiny"
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["train"]["epochs"] == 2
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(r["step"]) for r in rows] == [3, 6]
+    assert float(rows[-1]["AP50"]) == pytest.approx(evaluations[-1].result.AP50)
+    with (tmp_path / "log.csv").open(newline="") as file:
+        assert int(list(csv.DictReader(file))[-1]["step"]) == 6
+
+
+def test_stopping_early_leaves_a_run_that_can_go_on(squares: Dataset, tmp_path: Path) -> None:
+    result = run(squares, preset(), options(tmp_path, stop_after=1e-9))
+    assert not result.finished
+    assert result.steps == 1
+    rest = run(squares, preset(), options(tmp_path, resume=True))
+    assert rest.finished
+    assert rest.steps == 9
+    assert rest.pictures == 32
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(squares: Dataset, tmp_path: Path) -> None:
+    run(squares, preset(epochs=1), options(tmp_path))
+    before = (tmp_path / "state.pt").read_bytes()
+    recipe = preset(epochs=1)
+    torch.manual_seed(0)
+    detector = build(recipe.detector)
+    with torch.no_grad():
+        next(detector.network.parameters())[0] = torch.nan
+    with pytest.raises(GateError, match="not finite at step 1"):
+        train(detector, squares, None, recipe.train, options(tmp_path), lambda report: None)
+    assert (tmp_path / "state.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_no_step_is_ever_non_finite(squares: Dataset, tmp_path: Path, precision: str, batch: int) -> None:
+    """A short form of `benchmarks/stability.py`."""
+    recipe = preset(batch=batch, epochs=2 if batch == 1 else 10, lr=4e-3, warmup_steps=500, freeze_norm=False)
+    reports: list[Report] = []
+    run(squares, recipe, options(tmp_path, precision=precision), on_progress=reports.append)
+    last = reports[-1]
+    assert isinstance(last, StepReport)
+    assert np.isfinite([last.total, last.gradient_norm, *last.parts.values()]).all()
+    state = load_state(tmp_path / "state.pt")
+    assert all(bool(t.isfinite().all()) for t in state.network.values() if t.is_floating_point())
+
+
+def test_training_learns(squares: Dataset, tmp_path: Path) -> None:
+    recipe = preset(batch=6, epochs=120, optimizer="adamw", lr=2e-3, freeze_norm=False, evaluate_every=0)
+    plain = replace(recipe.train.augment, expand_probability=0.0, crop_probability=0.0, hue=0.0)
+    recipe = replace(recipe, train=replace(recipe.train, augment=plain, ema_decay=0.98))
+    result = run(squares, recipe, options(tmp_path, cache=True), validation=squares)
+    assert result.result is not None
+    assert (result.result.AP50 or 0.0) > 0.5
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    cosine = TrainConfig(warmup_steps=10, schedule="cosine", final_lr=0.01)
+    rates = [learning_rate(cosine, step, 1000) for step in range(1000)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.01, abs=1e-4)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    steps = TrainConfig(warmup_steps=0, schedule="multistep", milestones=(0.5, 0.75), gamma=0.1)
+    assert [learning_rate(steps, s, 100) for s in (0, 49, 50, 74, 75, 99)] == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01, 0.01]
+    )
+    assert learning_rate(TrainConfig(warmup_steps=500), 0, 20) == pytest.approx(1 / 3)
+
+
+def test_every_parameter_has_its_rate_and_decay() -> None:
+    network = build(tiny(ONE_CLASS).detector).network
+    config = TrainConfig(lr=1.0, bias_lr=2.0, backbone_lr=0.5, weight_decay=0.1)
+    optimizer = make_optimizer(network, config)
+    settings = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    names = dict(network.named_parameters())
+    assert len(settings) == len(names)
+    assert settings[id(names["odm.levels.0.weight"])] == (1.0, 0.1)
+    assert settings[id(names["odm.levels.0.bias"])] == (2.0, 0.0)
+    assert settings[id(names["tcb.0.first.1.weight"])] == (1.0, 0.0)
+    assert settings[id(names["backbone.features.1.conv.0.0.weight"])] == (0.5, 0.1)
+    assert settings[id(names["backbone.features.1.conv.0.1.weight"])] == (0.5, 0.0)
+
+
+def test_early_epochs_use_a_smaller_input() -> None:
+    recipe = tiny(ONE_CLASS)
+    full = replace(recipe.detector.preprocess, height=320, width=512)
+    at = input_sizes(full, replace(recipe.train, small_input=((0.6, 0.8), (0.3, 0.6))))
+    sizes = [(p.height, p.width) for p in (at(0.0), at(0.29), at(0.3), at(0.59), at(0.6), at(0.99))]
+    assert sizes == [(192, 320), (192, 320), (256, 384), (256, 384), (320, 512), (320, 512)]
