@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,22 +79,34 @@ def detect(
     if score < (kept := predictor.config.postprocess.score_threshold):
         output.note(f"this detector keeps nothing that scores below {kept:g}, so --score {score:g} acts like it")
 
+    reports: deque[Progress] = deque(maxlen=1)
     with output.progress("Detecting") as bars:
         task = bars.add_task("", total=len(images))
 
         def show(progress: Progress) -> None:
+            reports.append(progress)
             failed = f", {progress.failed} failed" if progress.failed else ""
-            bars.update(task, completed=progress.done, description=f"{_count(progress.objects, 'object')}{failed}")
+            bars.update(
+                task,
+                completed=progress.done,
+                total=progress.total,
+                description=f"{_count(progress.objects, 'object')}{failed}",
+            )
 
-        result = run(
-            predictor,
-            images,
-            out=out,
-            score=score,
-            batch=batch or default_batch(chosen),
-            draw=draw,
-            on_progress=show,
-        )
+        try:
+            result = run(
+                predictor,
+                images,
+                out=out,
+                score=score,
+                batch=batch or default_batch(chosen),
+                draw=draw,
+                on_progress=show,
+            )
+        except KeyboardInterrupt:
+            if out is not None and reports and (done := reports[0].done) > reports[0].failed:
+                output.note(f"{out} holds what was found so far, in {done:,} of {reports[0].total:,} pictures")
+            raise
 
     if result.skipped:
         output.note(

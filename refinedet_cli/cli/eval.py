@@ -162,7 +162,7 @@ def _report(output: Output, measured: _Measured, out: Path | None) -> None:
     for note in evaluation.notes:
         output.note(note)
     if not evaluation.complete:
-        output.warn(f"{_scope(measured)}: not all objects of the data set were scored")
+        output.warn(f"not every object was scored: {_scope(measured)}")
     output.result({**document, **files}, *_renderables(measured))
     if out is not None:
         output.note(f"wrote {' and '.join(path for path in files.values() if path)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
 
@@ -82,6 +83,7 @@ class MobileNetV2(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = mobilenet_v2(weights=None).features
+        _replace_strided_depthwise(self.features)
         self.extra = nn.Sequential(
             conv_relu(1280, 128, 1, norm="group"), conv_relu(128, 256, 3, stride=2, norm="group")
         )
@@ -103,6 +105,31 @@ class MobileNetV2(nn.Module):
     def stages(self) -> list[nn.Module]:
         """Name the blocks by resolution: strides 2, 4, 8, 16, 32."""
         return [self.features[a:b] for a, b in zip(self._cuts[:-1], self._cuts[1:], strict=True)]
+
+
+class StridedDepthwise(nn.Conv2d):
+    """A depthwise convolution with a stride, trained in float32 on CPUs.
+
+    The bf16 gradient of its input takes oneDNN 15 to 30 times as long there as the float32 one.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Convolve; the result has the dtype of the input even where it was computed in float32."""
+        if features.device.type != "cpu" or not features.requires_grad:
+            return super().forward(features)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(features.float()).to(features.dtype)
+
+
+def _replace_strided_depthwise(features: nn.Module) -> None:
+    for parent in list(features.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.stride != (1, 1):
+                strided = StridedDepthwise(
+                    layer.in_channels, layer.out_channels, 3, stride=2, padding=1, groups=layer.groups, bias=False
+                )
+                strided.weight = layer.weight
+                setattr(parent, name, strided)
 
 
 def build_backbone(config: NetworkConfig) -> Backbone:

@@ -68,9 +68,12 @@ def suppress(candidates: Candidates, config: PostprocessConfig) -> BatchDetectio
     """
     batch, groups, places = candidates.scores.shape
     boxes, scores, labels = (t.reshape(batch * groups, places, *t.shape[3:]) for t in candidates)
-    turns = range(0, batch * groups, max(1, _MAX_PAIRS // places**2))
-    cuts = [slice(i, i + turns.step) for i in turns]
-    kept = torch.cat([greedy_keep(boxes[cut], scores[cut], labels[cut], config.nms_iou) for cut in cuts])
+    looked_at = _filled_places(scores)
+    turns = range(0, batch * groups, max(1, _MAX_PAIRS // looked_at**2))
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    for start in turns:
+        cut = slice(start, start + turns.step), slice(0, looked_at)
+        kept[cut] = greedy_keep(boxes[cut], scores[cut], labels[cut], config.nms_iou)
     scores = torch.where(kept.view_as(candidates.scores), candidates.scores, candidates.scores.new_zeros(()))
     best = scores.reshape(batch, -1).topk(min(config.keep, groups * places))
     filled = best.values > 0
@@ -79,6 +82,12 @@ def suppress(candidates: Candidates, config: PostprocessConfig) -> BatchDetectio
     return BatchDetections(
         boxes=boxes * filled[..., None], scores=best.values, labels=labels * filled, counts=filled.sum(dim=1)
     )
+
+
+def _filled_places(scores: Tensor) -> int:
+    """Count the places that NMS must look at; on a GPU all of them, since counting would make it wait."""
+    rows, places = scores.shape
+    return max(1, int((scores > 0).sum(dim=1).max())) if scores.device.type == "cpu" and rows else places
 
 
 def greedy_keep(boxes: Tensor, scores: Tensor, labels: Tensor, nms_iou: float) -> Tensor:

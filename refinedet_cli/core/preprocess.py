@@ -86,4 +86,4 @@ def _existing(start: int, stop: int, length: int) -> tuple[int, int]:
     return first, max(first, min(stop, length))
 
 
-_cached_weights = lru_cache(maxsize=64)(resize_weights)
+_cached_weights = lru_cache(maxsize=16)(resize_weights)

@@ -121,7 +121,7 @@ def _check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
         raise UsageError(f"--out {out} holds a run already", "go on with --resume, replace it with --overwrite")
 
 
-def _open(data: Sequence[str], val: str | None, images: Path | None) -> tuple[Dataset, Dataset | None, list[str]]:
+def _open(data: Sequence[str], val: str | None, images: Path | None) -> tuple[Dataset, Dataset | None]:
     """Open training and validation data; None where a part has to be held out."""
     training = join([open_dataset(source, split="train", images=images) for source in data])
     if val is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.cocoeval import COCOeval  # type: ignore[import-untyped]
+from pycocotools.cocoeval import COCOeval
 
 # Places in pycocotools' arrays: area range "all", at most 100 detections, IoU 0.5 and 0.75.
 _ALL_AREAS, _MAX_100 = 0, 2

@@ -22,28 +22,28 @@ def reference(ious: np.ndarray, threshold: float) -> tuple[list[int], list[float
     objects, anchors = ious.shape
     overlap = [[float(v) if v >= NO_OVERLAP else 0.0 for v in row] for row in ious]
     result = [-1] * anchors
-    free_objects = set(range(objects))
-    while True:
-        best, pair = 0.0, None
-        for a in range(anchors):
-            if result[a] != -1:
-                continue
-            for o in range(objects):
-                if o in free_objects and overlap[o][a] > best:
-                    best, pair = overlap[o][a], (o, a)
-        if pair is None:
-            break
+    free = list(range(objects))
+    while pair := best_free_pair(overlap, result, free):
         result[pair[1]] = pair[0]
-        free_objects.remove(pair[0])
+        free.remove(pair[0])
     highest = [0.0] * anchors
     for a in range(anchors):
         first = -1
         for o in range(objects):
             if overlap[o][a] > highest[a]:
                 highest[a], first = overlap[o][a], o
-        if result[a] == -1 and first != -1 and highest[a] >= threshold:
+        if result[a] == -1 and highest[a] >= threshold:
             result[a] = first
     return result, highest
+
+
+def best_free_pair(overlap: list[list[float]], result: list[int], free: list[int]) -> tuple[int, int] | None:
+    best, pair = 0.0, None
+    for a, owner in enumerate(result):
+        for o in free:
+            if owner == -1 and overlap[o][a] > best:
+                best, pair = overlap[o][a], (o, a)
+    return pair
 
 
 def draw_ious(generator: np.random.Generator, objects: int, anchors: int) -> np.ndarray:

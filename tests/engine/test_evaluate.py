@@ -192,6 +192,16 @@ def test_the_written_detections_lead_pycocotools_to_the_same_numbers(
     assert ours == evaluator.stats.tolist()
 
 
+def test_scores_count_as_they_are_written(tmp_path: Path) -> None:
+    # Unrounded, the wrong box of the second picture would be the better one; in the file the two are equal.
+    records = (a_record(tmp_path, 1, (1, 2, 2, 20, 20)), a_record(tmp_path, 2))
+    found = {1: [(1, 0.5, 2, 2, 20, 20)], 2: [(1, 0.5 + 1e-7, 2, 2, 20, 20)]}
+    evaluation = score(Oracle(classes_of("dog"), found), Dataset("tie", classes_of("dog"), records))
+    assert float(evaluation.pictures[1].detections.scores[0]) > float(evaluation.pictures[0].detections.scores[0])
+    assert evaluation.result.AP50 is not None
+    assert evaluation.result.AP50 > 0.99
+
+
 def test_other_postprocessing_leaves_the_detector_as_it_is(predictor: Predictor, noise: Dataset) -> None:
     before = predictor.config.postprocess
     few = replace(before, keep=3, score_threshold=0.4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -231,7 +232,7 @@ def test_learning_rate_warms_up_and_falls() -> None:
     assert rates[0] == pytest.approx(1 / 11)
     assert rates[10] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.01, abs=1e-4)
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     steps = TrainConfig(warmup_steps=0, schedule="multistep", milestones=(0.5, 0.75), gamma=0.1)
     assert [learning_rate(steps, s, 100) for s in (0, 49, 50, 74, 75, 99)] == pytest.approx(
         [1, 1, 0.1, 0.1, 0.01, 0.01]

@@ -1,0 +1,334 @@
+"""The command `refinedet detect`."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from refinedet_cli.core.config import Classes
+from refinedet_cli.core.presets import tiny
+from refinedet_cli.core.refinedet import build
+from refinedet_cli.engine import draw
+from refinedet_cli.errors import CheckpointError
+from refinedet_cli.zoo import hub
+from refinedet_cli.zoo.checkpoint import save_checkpoint
+
+# The seeded detector below scores its best boxes above this, in every picture.
+SCORE = 0.6
+
+
+def checkpoint(path: Path, *names: str) -> Path:
+    """Write a seeded random detector."""
+    ids = (1, 17, 18)[: len(names)]
+    config = tiny(Classes(names=names, category_ids=ids)).detector
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build(config).network
+        for name, parameter in network.named_parameters():
+            if name.startswith(("arm", "odm")):
+                torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 1.0)
+    save_checkpoint(path, config, network.state_dict(), {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("weights") / "tiny.safetensors", "person", "[red] :cat:", "dog")
+
+
+@pytest.fixture
+def detect(run, weights):
+    """Call ``refinedet detect`` with the seeded detector."""
+
+    def call(*args: object):
+        return run("detect", *args, "--weights", weights, "--device", "cpu", "--score", SCORE)
+
+    return call
+
+
+def save(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    for i, name in enumerate(("one.jpg", "two words.png", "über/one.jpg")):
+        save(tmp_path / "photos" / name, seed=i)
+    return tmp_path / "photos"
+
+
+# --- the whole way
+
+
+def test_pictures_become_tables_copies_and_a_document(detect, photos, tmp_path):
+    code, stdout, stderr = detect(photos, "--out", tmp_path / "new" / "found")
+    assert code == 0
+    for word in ("one.jpg", "two words.png", "über/one.jpg", "Classes", "Best score", "objects in 3 of 3 pictures"):
+        assert word in stdout
+    assert "wrote" in stderr
+    assert "3 annotated pictures" in stderr
+    out = tmp_path / "new" / "found"
+    assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*.*")) == [
+        "annotated/one.jpg",
+        "annotated/two words.png",
+        "annotated/über/one.jpg",
+        "detections.json",
+    ]
+
+
+def test_json_is_one_document_that_holds_everything(detect, photos, tmp_path):
+    (photos / "broken.png").write_text("no")
+    code, stdout, stderr = detect(photos, "--json", "--out", tmp_path / "out")
+    assert code == 8
+    assert "1 of 4 pictures failed" in stderr
+    document = json.loads(stdout)
+    assert (document["schema_version"], document["command"]) == (1, "detect")
+    assert [p["file_name"] for p in document["pictures"]] == ["one.jpg", "two words.png", "über/one.jpg"]
+    assert [f["file_name"] for f in document["failures"]] == ["broken.png"]
+    assert "not a picture" in document["failures"][0]["reason"]
+    assert document["origin"]["weights"] == "tiny.safetensors"
+    assert document["origin"]["precision"] == "fp32"
+    assert document["origin"]["score_threshold"] == SCORE
+
+    written = json.loads(Path(document["detections_file"]).read_text())
+    shown = [(p["id"], d["category_id"], d["score"], d["bbox"]) for p in document["pictures"] for d in p["detections"]]
+    assert shown == [(a["image_id"], a["category_id"], a["score"], a["bbox"]) for a in written["annotations"]]
+    assert document["objects"] == len(shown) == sum(c["objects"] for c in document["classes"]) > 0
+    names = {category["id"]: category["name"] for category in written["categories"]}
+    assert all(d["class"] == names[d["category_id"]] for p in document["pictures"] for d in p["detections"])
+    assert all(Path(p["annotated"]).is_file() for p in document["pictures"])
+
+
+def test_without_out_the_detections_are_in_the_answer_and_nothing_is_written(detect, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    code, stdout, stderr = detect(photos, "--json")
+    assert (code, stderr) == (0, "")
+    document = json.loads(stdout)
+    assert document["detections_file"] is None
+    assert all(p["annotated"] is None for p in document["pictures"])
+    assert document["pictures"][0]["detections"][0].keys() == {"class", "category_id", "score", "bbox"}
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_draw_writes_the_document_alone(detect, photos, tmp_path):
+    code, _, stderr = detect(photos, "--out", tmp_path / "out", "--no-draw")
+    assert code == 0
+    assert "annotated" not in stderr
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["detections.json"]
+
+
+def test_quiet_leaves_the_result_and_warnings(detect, photos, tmp_path):
+    code, stdout, stderr = detect(photos, "--out", tmp_path / "out", "--quiet")
+    assert (code, stderr) == (0, "")
+    assert "objects in 3 of 3 pictures" in stdout
+
+
+def test_batch_and_order_do_not_matter(detect, photos):
+    def scores(*args: object) -> dict[str, list[float]]:
+        pictures = json.loads(detect(*args, "--json").stdout)["pictures"]
+        return {p["path"]: [d["score"] for d in p["detections"]] for p in pictures}
+
+    files = sorted(p for p in photos.rglob("*") if p.is_file())
+    forward, backward = scores(*files, "--batch", 1), scores(*files[::-1], "--batch", 3)
+    assert forward.keys() == backward.keys()
+    assert any(forward.values())
+    for path in forward:
+        torch.testing.assert_close(torch.tensor(forward[path]), torch.tensor(backward[path]), rtol=0, atol=1e-4)
+
+
+def test_nothing_found_is_said(run, weights, photos):
+    code, stdout, _ = run("detect", photos, "--weights", weights, "--device", "cpu", "--score", 1)
+    assert code == 0
+    assert "nothing found in 3 pictures at a score of 1 or better" in stdout
+    assert "Best score" not in stdout
+
+
+def test_names_of_classes_and_files_are_not_markup(detect, tmp_path):
+    save(tmp_path / "photos" / "[bold]x[/bold].png")
+    code, stdout, _ = detect(tmp_path / "photos")
+    assert code == 0
+    assert "[bold]x[/bold].png" in stdout
+    assert "[red] :cat:" in stdout
+
+
+def test_many_pictures_are_not_listed_one_by_one(detect, tmp_path):
+    for i in range(21):
+        save(tmp_path / "photos" / f"picture{i:02}.png", seed=i)
+    few = detect(*sorted((tmp_path / "photos").iterdir())[:20]).stdout
+    many = detect(tmp_path / "photos").stdout
+    assert "picture00.png" in few
+    assert "picture00.png" not in many
+    assert "of 21 pictures" in many
+
+
+def test_a_crowded_picture_lists_its_best(run, weights, photos):
+    args = ("detect", photos / "one.jpg", "--weights", weights, "--device", "cpu", "--score", 0.1)
+    count = len(json.loads(run(*args, "--json").stdout)["pictures"][0]["detections"])
+    assert count > 12
+    rows = [line for line in run(*args).stdout.splitlines() if "one.jpg" in line]
+    assert len(rows) == 13
+    assert f"and {count - 12} more" in rows[-1]
+
+
+# --- sources
+
+
+def test_a_list_of_paths_on_standard_input(detect, photos, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{photos / 'two words.png'}\n\n{photos / 'über' / 'one.jpg'}\n"))
+    document = json.loads(detect("-", "--json").stdout)
+    assert [Path(p["path"]).name for p in document["pictures"]] == ["two words.png", "one.jpg"]
+
+
+def test_an_empty_list_on_standard_input(detect, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert detect("-").code == 4
+
+
+def test_copies_of_an_earlier_run_are_left_out_and_it_is_said(detect, photos):
+    assert detect(photos, "--out", photos / "found").code == 0
+    code, stdout, stderr = detect(photos, "--out", photos / "found")
+    assert code == 0
+    assert "3 of 3 pictures" in stdout
+    assert "left out 3 annotated copies" in stderr
+
+
+# --- exit codes
+
+
+def test_some_failed(detect, photos):
+    (photos / "empty.jpg").write_bytes(b"")
+    code, stdout, stderr = detect(photos)
+    assert code == 8
+    assert "Failed" in stdout
+    assert "is empty" in stdout
+    assert "objects in 3 of 3 pictures" in stdout
+    assert "error: 1 of 4 pictures failed" in stderr
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_all_failed(detect, tmp_path, flags):
+    for name in ("a.jpg", "b.png"):
+        (tmp_path / name).write_text("no")
+    code, stdout, stderr = detect(tmp_path / "a.jpg", tmp_path / "b.png", *flags)
+    assert code == 4
+    assert "error: " in stderr
+    if flags:
+        assert [f["file_name"] for f in json.loads(stdout)["failures"]] == ["a.jpg", "b.png"]
+    else:
+        assert "a.jpg" in stdout
+        assert "b.png" in stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (("{tmp}/nowhere.jpg",), 4, "does not exist"),
+        (("{tmp}/photos", "--out", "{tmp}/photos/one.jpg"), 2, "--out"),
+        (("{tmp}/photos", "--out", "{tmp}/photos/one.jpg/below"), 2, "is a file"),
+        (("{tmp}/photos", "--score", "2"), 2, "--score"),
+        (("{tmp}/photos", "--batch", "0"), 2, "--batch"),
+        (("{tmp}/photos", "--weights", "{tmp}/photos/one.jpg"), 5, "one.jpg"),
+        (("{tmp}/photos", "--weights", "no-such-weights"), 5, "no-such-weights"),
+        ((), 2, "SOURCES"),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_mistakes_have_codes_and_no_traceback(run, weights, photos, tmp_path, args, code, words, as_json):
+    args = [arg.format(tmp=tmp_path) for arg in args]
+    if "--weights" not in args:
+        args += ["--weights", str(weights)]
+    finished = run("detect", *args, *["--json"] * as_json)
+    assert finished.code == code
+    assert words in finished.stderr
+    assert "Traceback" not in finished.stderr
+    if as_json:
+        assert json.loads(finished.stdout)["error"]["code"] == code
+    else:
+        assert finished.stdout == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_an_absent_device(run, weights, photos):
+    assert run("detect", photos, "--weights", weights, "--device", "cuda").code == 6
+
+
+def test_an_interrupt_ends_with_130_and_leaves_what_was_found(detect, photos, tmp_path, monkeypatch):
+    from refinedet_cli.engine.predict import Predictor
+
+    whole, calls = Predictor.predict, []
+
+    def stop_later(self: Predictor, images: list[np.ndarray]) -> list:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(self, images)
+
+    monkeypatch.setattr(Predictor, "predict", stop_later)
+    code, stdout, stderr = detect(photos, "--out", tmp_path / "out", "--batch", 1, "--json")
+    assert code == 130
+    assert json.loads(stdout)["error"]["type"] == "interrupted"
+    assert "Traceback" not in stderr
+    assert "holds what was found so far, in 1 of 3 pictures" in stderr
+    written = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert written["info"]["complete"] is False
+    assert len(written["images"]) == 1
+
+
+# --- options
+
+
+def test_the_default_weights_are_the_bundled_ones(run, photos, monkeypatch):
+    asked = []
+
+    def note(name: str | None) -> Path:
+        asked.append(name)
+        raise CheckpointError("stop here")
+
+    monkeypatch.setattr(hub, "resolve_weights", note)
+    assert run("detect", photos).code == 5
+    assert asked == [None]
+
+
+def test_bf16_is_recorded(run, weights, photos):
+    args = ("detect", photos, "--weights", weights, "--device", "cpu", "--precision", "bf16", "--json")
+    assert json.loads(run(*args).stdout)["origin"]["precision"] == "bf16"
+
+
+def test_a_score_below_the_detectors_own_is_remarked_on(run, weights, photos):
+    args = ("detect", photos, "--weights", weights, "--device", "cpu", "--score", 0.001)
+    assert "keeps nothing that scores below 0.01" in run(*args).stderr
+    assert "keeps nothing" not in run(*args, "--quiet").stderr
+
+
+def test_names_that_no_font_can_write_are_warned_about(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(draw, "_WIDE_FONTS", ())
+    draw._font_file.cache_clear()
+    odd = checkpoint(tmp_path / "odd.safetensors", "person", "猫")
+    try:
+        args = ("detect", photos, "--weights", odd, "--device", "cpu", "--quiet", "--out")
+        finished = run(*args, tmp_path / "out")
+        undrawn = run(*args, tmp_path / "out2", "--no-draw")
+    finally:
+        draw._font_file.cache_clear()
+    assert finished.code == 0
+    assert "warning: no font here can write 猫" in finished.stderr
+    assert undrawn.stderr == ""
+
+
+def test_help_explains_with_examples(run):
+    code, stdout, _ = run("detect", "--help")
+    assert code == 0
+    assert stdout.count("refinedet detect ") >= 3
+    for option in ("--out", "--no-draw", "--weights", "--score", "--device", "--precision", "--batch", "--json"):
+        assert option in stdout

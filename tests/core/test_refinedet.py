@@ -1,0 +1,396 @@
+"""The network as published: its size, its forward pass written out by hand, and its switches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.testing import assert_close
+
+from refinedet_cli.core.anchors import tile_anchors
+from refinedet_cli.core.boxes import cxcywh_to_xyxy, decode
+from refinedet_cli.core.config import Classes, DetectorConfig, PreprocessConfig
+from refinedet_cli.core.layers import AnchorHead, L2Norm, TransferConnectionBlock, caffe_init
+from refinedet_cli.core.postprocess import suppress
+from refinedet_cli.core.presets import VOC_CLASSES, get_preset, tiny
+from refinedet_cli.core.refinedet import Decoder, RawOutput, RefineDet, build
+from refinedet_cli.core.structures import Target, Targets
+
+COCO_SIZED = Classes(names=tuple(f"c{i}" for i in range(80)), category_ids=tuple(range(1, 81)))
+TWO = Classes(names=("a", "b"), category_ids=(1, 2))
+
+
+def on_meta(config: DetectorConfig) -> RefineDet:
+    with torch.device("meta"):
+        return RefineDet(config)
+
+
+def seeded(config: DetectorConfig, seed: int = 0) -> RefineDet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return RefineDet(config)
+
+
+def images_of(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Size.
+
+
+@pytest.mark.parametrize(("classes", "expected"), [(VOC_CLASSES, 34_440_884), (COCO_SIZED, 36_100_484)])
+@pytest.mark.parametrize("preset", ["refinedet320_vgg16", "refinedet512_vgg16"])
+def test_parameters_of_vgg16(preset, classes, expected):
+    network = on_meta(get_preset(preset, classes).detector)
+    assert sum(p.numel() for p in network.parameters()) == expected
+
+
+def count_macs(network: nn.Module, images: Tensor) -> dict[str, float]:
+    """Count multiply-adds of convolutions and deconvolutions, in billions, by top-level part."""
+    macs: dict[str, float] = {}
+
+    def counter(part: str):
+        def count(layer: nn.Conv2d | nn.ConvTranspose2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            # Each place of the larger map is touched by every weight once.
+            place = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
+            macs[part] = macs.get(part, 0) + layer.weight.numel() * place.shape[2] * place.shape[3] / 1e9
+
+        return count
+
+    for name, layer in network.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            layer.register_forward_hook(counter(name.partition(".")[0]))
+    network(images)
+    return macs
+
+
+@pytest.mark.parametrize(("preset", "expected"), [("refinedet320_vgg16", 37.77), ("refinedet512_vgg16", 96.70)])
+def test_multiplications_of_vgg16(preset, expected):
+    config = get_preset(preset, VOC_CLASSES).detector
+    side = config.preprocess.height
+    macs = count_macs(on_meta(config), torch.empty(1, 3, side, side, device="meta"))
+    assert sum(macs.values()) == pytest.approx(expected, abs=0.01)
+    if side == 320:
+        parts = {"backbone": 31.90, "tcb": 5.27, "arm": 0.19, "odm": 0.37}
+        assert macs == {name: pytest.approx(value, abs=0.01) for name, value in parts.items()}
+
+
+@pytest.mark.parametrize(("preset", "anchors"), [("refinedet320_vgg16", 6375), ("refinedet320_mobilenetv2", 6375)])
+def test_output_shapes(preset, anchors):
+    config = get_preset(preset, VOC_CLASSES).detector
+    raw = on_meta(config)(torch.empty(2, 3, 320, 320, device="meta"))
+    assert [tuple(t.shape) for t in raw[:4]] == [(2, anchors, n) for n in (2, 4, 21, 4)]
+    assert raw.input_size == (320, 320)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "channels"), [("vgg16", (512, 512, 1024, 512)), ("mobilenet_v2", (192, 576, 1280, 256))]
+)
+def test_maps_of_the_backbones(backbone, channels):
+    config = tiny(TWO).detector
+    network = on_meta(replace(config, network=replace(config.network, backbone=backbone)))
+    maps = network.backbone(torch.empty(1, 3, 128, 192, device="meta"))
+    assert [tuple(m.shape[1:]) for m in maps] == [
+        (c, 128 // s, 192 // s) for c, s in zip(channels, (8, 16, 32, 64), strict=True)
+    ]
+    # Five stages, each of layers of its own; frozen from the input up.
+    stages = network.backbone.stages()
+    owned = [{id(p) for p in stage.parameters()} for stage in stages]
+    assert len(stages) == 5
+    assert all(owned)
+    assert sum(map(len, owned)) == len(set().union(*owned))
+    assert id(next(network.backbone.parameters())) in owned[0]
+
+
+# The forward pass, by hand.
+
+
+def vgg_by_hand(state: dict[str, Tensor], images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The refinement maps and the detection maps, from the tables of the official code."""
+
+    def conv(x: Tensor, name: str, **how: int) -> Tensor:
+        return functional.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], **how)
+
+    def block(x: Tensor, name: str, depth: int) -> Tensor:
+        for i in range(depth):
+            x = conv(x, f"backbone.{name}.{i}.0", padding=1).relu()
+        return x
+
+    def unit_length(x: Tensor, name: str) -> Tensor:
+        return x / (x.pow(2).sum(1, keepdim=True) + 1e-10).sqrt() * state[f"backbone.{name}.weight"].view(1, -1, 1, 1)
+
+    x = images
+    for name, depth in (("conv1", 2), ("conv2", 2), ("conv3", 3)):
+        x = functional.max_pool2d(block(x, name, depth), 2, 2)
+    conv4 = block(x, "conv4", 3)
+    conv5 = block(functional.max_pool2d(conv4, 2, 2), "conv5", 3)
+    fc6 = conv(functional.max_pool2d(conv5, 2, 2), "backbone.fc6.0", padding=3, dilation=3).relu()
+    fc7 = conv(fc6, "backbone.fc7.0").relu()
+    conv6 = conv(conv(fc7, "backbone.conv6.0.0").relu(), "backbone.conv6.1.0", padding=1, stride=2).relu()
+    sources = [unit_length(conv4, "norm4"), unit_length(conv5, "norm5"), fc7, conv6]
+
+    pyramid: list[Tensor] = []
+    for level in (3, 2, 1, 0):
+        name = f"tcb.{level}"
+        x = conv(sources[level], f"{name}.first.0", padding=1).relu()
+        x = conv(x, f"{name}.second.0", padding=1)
+        if pyramid:
+            up = f"{name}.up.0"
+            x = x + functional.conv_transpose2d(pyramid[0], state[f"{up}.weight"], state[f"{up}.bias"], stride=2)
+        pyramid.insert(0, conv(x.relu(), f"{name}.last.0", padding=1).relu())
+    return sources, pyramid
+
+
+def head_by_hand(state: dict[str, Tensor], maps: list[Tensor], name: str, classes: int) -> tuple[Tensor, Tensor]:
+    logits, offsets = [], []
+    for level, features in enumerate(maps):
+        weight, bias = state[f"{name}.levels.{level}.weight"], state[f"{name}.levels.{level}.bias"]
+        flat = functional.conv2d(features, weight, bias, padding=1)
+        # A cell at a time: its rows, its columns, its three anchors.
+        for y in range(flat.shape[2]):
+            for x in range(flat.shape[3]):
+                for anchor in flat[:, :, y, x].split(classes + 4, dim=1):
+                    logits.append(anchor[:, :classes])
+                    offsets.append(anchor[:, classes:])
+    return torch.stack(logits, dim=1), torch.stack(offsets, dim=1)
+
+
+def test_vgg16_forward_by_hand():
+    network = seeded(get_preset("refinedet320_vgg16", TWO).detector).eval()
+    for parameter in network.parameters():
+        if parameter.ndim == 1 and not parameter.any():  # biases, which start at 0
+            parameter.detach().normal_(0, 0.05, generator=torch.Generator().manual_seed(parameter.numel()))
+    images = images_of(1, 3, 64, 64)
+    with torch.no_grad():
+        raw = network(images)
+        sources, pyramid = vgg_by_hand(dict(network.state_dict()), images)
+        expected = (
+            *head_by_hand(dict(network.state_dict()), sources, "arm", 2),
+            *head_by_hand(dict(network.state_dict()), pyramid, "odm", 3),
+        )
+    for found, wanted in zip(raw[:4], expected, strict=True):
+        assert float(found.std()) > 1e-3
+        assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_mobilenet_maps_are_those_of_torchvision():
+    backbone = seeded(tiny(TWO).detector).backbone.eval()
+    seen: dict[str, Tensor] = {}
+    for index in (7, 14):
+        backbone.features[index].conv[0].register_forward_hook(
+            lambda _m, _i, output, index=index: seen.__setitem__(index, output)
+        )
+    images = images_of(1, 3, 64, 64)
+    with torch.no_grad():
+        last = backbone.features(images)
+        assert seen.keys() == {7, 14}
+        expected = [seen[7], seen[14], last, backbone.extra(last)]
+        for found, wanted in zip(backbone(images), expected, strict=True):
+            assert_close(found, wanted, rtol=0, atol=0)
+
+
+# Layers.
+
+
+def test_l2norm_scales_each_place_to_its_factor():
+    layer = L2Norm(3, 10.0)
+    features = images_of(2, 3, 4, 5)
+    normalised = layer(features)
+    assert_close(normalised.norm(dim=1), torch.full((2, 4, 5), 10.0), rtol=1e-5, atol=0)
+    assert_close(normalised / features, (normalised / features)[:, :1].expand(-1, 3, -1, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_l2norm_has_a_finite_gradient_where_nothing_is():
+    features = torch.zeros(1, 3, 1, 1, requires_grad=True)
+    L2Norm(3, 10.0)(features).sum().backward()
+    assert bool(features.grad.isfinite().all())
+
+
+def test_caffe_init_draws_by_fan_in():
+    layers = nn.Sequential(nn.Conv2d(256, 12, 3), nn.ConvTranspose2d(16, 64, 2))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        caffe_init(layers)
+    for layer, fan_in in zip(layers, (256 * 9, 64 * 4), strict=True):
+        bound = (3 / fan_in) ** 0.5
+        assert 0.98 * bound < float(layer.weight.detach().abs().max()) <= bound
+        assert float(layer.weight.detach().var()) == pytest.approx(1 / fan_in, rel=0.1)
+        assert not layer.bias.any()
+
+
+def test_every_new_layer_is_drawn_so():
+    network = seeded(get_preset("refinedet320_vgg16", TWO).detector)
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            assert float(layer.weight.detach().abs().max()) <= (3 / layer.weight[0].numel()) ** 0.5
+            assert not layer.bias.any()
+    assert (float(network.backbone.norm4.weight[0]), float(network.backbone.norm5.weight[0])) == (10.0, 8.0)
+
+
+@pytest.mark.parametrize("norm", ["none", "batch", "group"])
+def test_normalised_blocks_have_no_idle_bias(norm):
+    block = TransferConnectionBlock(8, 16, coarser=True, norm=norm)
+    for layer in block.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            assert (layer.bias is None) == (norm != "none")
+    features, coarser = images_of(2, 8, 4, 6), images_of(2, 16, 2, 3)
+    assert block(features, coarser).shape == (2, 16, 4, 6)
+
+
+def test_levels_may_have_unlike_numbers_of_anchors():
+    head = AnchorHead((2, 2), (1, 3), 5)
+    logits, offsets = head([torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 1, 1)])
+    assert (tuple(logits.shape), tuple(offsets.shape)) == ((1, 7, 5), (1, 7, 4))
+
+
+# Switches.
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "vgg16"])
+@pytest.mark.parametrize("arm", [True, False], ids=["arm", "no arm"])
+@pytest.mark.parametrize("tcb", [True, False], ids=["tcb", "no tcb"])
+def test_switched_off_parts_still_train_and_detect(backbone, arm, tcb):
+    base = tiny(TWO).detector
+    norm = "group" if backbone == "mobilenet_v2" else "none"
+    config = replace(base, network=replace(base.network, backbone=backbone, arm=arm, tcb=tcb, tcb_norm=norm))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        detector = build(config)
+    network = detector.network
+    assert ({n.partition(".")[0] for n, _ in network.named_parameters()} >= {"arm"}) == arm
+    assert ({n.partition(".")[0] for n, _ in network.named_parameters()} >= {"tcb"}) == tcb
+    images = images_of(2, 3, 64, 128)
+    target = Target(torch.tensor([[0.1, 0.2, 0.6, 0.9], [0.5, 0.1, 0.7, 0.4]]), torch.tensor([1, 2]))
+    targets = Targets.pack([target, target])
+    network.train()
+    raw = network(images)
+    assert [t is None for t in raw[:2]] == [not arm] * 2
+    loss = detector.criterion(raw, targets)
+    assert set(loss.positives) == ({"arm", "odm"} if arm else {"odm"})
+    loss.total.backward()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-4)
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.isfinite().all()), name
+    optimizer.step()
+    network.eval()
+    with torch.no_grad():
+        # What the optimiser promises: on the same batch, the loss is lower.
+        network.train()
+        assert float(detector.criterion(network(images), targets).total) < float(loss.total.detach())
+        network.eval()
+        found = suppress(detector.forward(images), config.postprocess)
+    assert bool(found.boxes.isfinite().all())
+    assert found.boxes.shape == (2, 200, 4)
+
+
+def test_rows_of_a_wide_input_belong_to_their_anchors():
+    # A head that copies its input: the maps say where their cells are, and the output must be in the anchors' order.
+    config = tiny(TWO).detector
+    head = AnchorHead((2,) * 4, (3,) * 4, 2)
+    nn.init.zeros_(head.levels[0].weight)
+    for level in head.levels:
+        nn.init.zeros_(level.weight)
+        nn.init.zeros_(level.bias)
+        with torch.no_grad():
+            for anchor in range(3):
+                for axis in range(2):
+                    level.weight[anchor * 6 + 2 + axis, axis, 1, 1] = 1
+    height, width = 64, 192
+    maps = []
+    for stride in (8, 16, 32, 64):
+        y, x = torch.meshgrid(torch.arange(height // stride), torch.arange(width // stride), indexing="ij")
+        maps.append((torch.stack([x / (width // stride), y / (height // stride)]) + 0.0)[None])
+    _, offsets = head(maps)
+    anchors = tile_anchors(config.anchors, height, width)
+    cells = torch.cat([torch.full((3 * m.shape[2] * m.shape[3],), m.shape[3]) for m in maps])
+    rows = torch.cat([torch.full((3 * m.shape[2] * m.shape[3],), m.shape[2]) for m in maps])
+    assert_close(offsets[0, :, 0] + 0.5 / cells, anchors[:, 0])
+    assert_close(offsets[0, :, 1] + 0.5 / rows, anchors[:, 1])
+
+
+# Decoding.
+
+
+def random_raw(batch: int, anchors: int, classes: int, seed: int = 0) -> RawOutput:
+    generator = torch.Generator().manual_seed(seed)
+    outputs = (
+        spread * torch.randn(batch, anchors, n, generator=generator)
+        for n, spread in ((2, 4.0), (4, 1.0), (classes, 3.0), (4, 1.0))
+    )
+    return RawOutput(*outputs, (64, 64))
+
+
+@pytest.mark.parametrize("per", ["picture", "class"])
+@pytest.mark.parametrize("arm", [True, False], ids=["arm", "no arm"])
+def test_candidates_equal_a_full_decode(per, arm):
+    config = tiny(TWO).detector
+    config = replace(config, postprocess=replace(config.postprocess, candidates=50, candidates_per=per))
+    anchors = tile_anchors(config.anchors, 64, 64)
+    raw = random_raw(2, len(anchors), 3)
+    variances = config.anchors.variances
+    scores, refined = raw.odm_logits.softmax(-1), anchors.expand(2, -1, -1)
+    if arm:
+        refined = decode(raw.arm_offsets, anchors, variances)
+        objectness = raw.arm_logits.softmax(-1)[..., 1:]
+        dropped = objectness < 0.01
+        assert 0 < int(dropped.sum()) < dropped.numel()
+        scores = scores * ~dropped
+    else:
+        raw = raw._replace(arm_logits=None, arm_offsets=None)
+    boxes = cxcywh_to_xyxy(decode(raw.odm_offsets, refined, variances))
+    found = Decoder(config)(raw)
+    assert found.scores.shape == ((2, 1, 50) if per == "picture" else (2, 2, 50))
+    for i in range(2):
+        entries = sorted(
+            ((float(scores[i, a, c]), c, a) for a in range(len(anchors)) for c in (1, 2) if scores[i, a, c] > 0.01),
+            reverse=True,
+        )
+        groups = [entries[:50]] if per == "picture" else [[e for e in entries if e[1] == c][:50] for c in (1, 2)]
+        for g, group in enumerate(groups):
+            assert len(group) == 50
+            assert_close(found.scores[i, g], torch.tensor([e[0] for e in group]))
+            assert found.labels[i, g].tolist() == [e[1] for e in group]
+            assert_close(found.boxes[i, g], boxes[i, [e[2] for e in group]])
+
+
+def test_the_arm_filter_drops_candidates_below_it_only():
+    config = tiny(TWO).detector
+    count = len(tile_anchors(config.anchors, 64, 64))
+    raw = random_raw(1, count, 3)
+    raw.arm_logits.zero_()  # an objectness of exactly a half
+    for limit, expected in ((0.5, True), (0.5000001, False), (0.0, True)):
+        decoder = Decoder(replace(config, postprocess=replace(config.postprocess, arm_filter=limit)))
+        assert bool(decoder(raw).scores.any()) == expected
+
+
+def test_low_precision_outputs_are_decoded_in_float32():
+    config = tiny(TWO).detector
+    raw = random_raw(1, len(tile_anchors(config.anchors, 64, 64)), 3)
+    low = RawOutput(*(t.bfloat16() for t in raw[:4]), (64, 64))
+    same = RawOutput(*(t.float() for t in low[:4]), (64, 64))
+    for found, expected in zip(Decoder(config)(low), Decoder(config)(same), strict=True):
+        assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_absurd_outputs_decode_to_finite_boxes():
+    config = tiny(TWO).detector
+    raw = random_raw(1, len(tile_anchors(config.anchors, 64, 64)), 3)
+    absurd = RawOutput(*(1e9 * t.sign() for t in raw[:4]), (64, 64))
+    found = suppress(Decoder(config)(absurd), config.postprocess)
+    assert int(found.counts) > 0
+    assert bool(found.boxes.isfinite().all())
+
+
+def test_pictures_of_a_batch_do_not_touch_each_other():
+    config = replace(tiny(TWO).detector, preprocess=PreprocessConfig(height=64, width=64))
+    raw = random_raw(3, len(tile_anchors(config.anchors, 64, 64)), 3)
+    decoder = Decoder(config)
+    together = suppress(decoder(raw), config.postprocess)
+    for i in range(3):
+        alone = suppress(decoder(RawOutput(*(t[i : i + 1] for t in raw[:4]), (64, 64))), config.postprocess)
+        for found, expected in zip(together, alone, strict=True):
+            assert_close(found[i : i + 1], expected, rtol=0, atol=0)
