@@ -1,6 +1,7 @@
-"""Put a trained detector into weights/: half precision, with a manifest entry made from its own provenance.
+r"""Put a trained detector into weights/: half precision, with a manifest entry made from its own provenance.
 
-Usage: python benchmarks/bundle.py RUN/best.safetensors --dataset mix20-val.json --recipe ... --cost ... --data-licence ...
+Usage: python benchmarks/bundle.py RUN/best.safetensors --dataset mix20-val.json --recipe TEXT --cost TEXT \
+           --data-licence TEXT
 
 The file that is scored is the file that is written, by the same evaluation as ``refinedet eval``. Score a validation
 set once per shipped file: numbers that were chosen by looking at them are not validation.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -115,15 +118,43 @@ def train(
         device=device,
         workers=workers,
         cache=cache,
-        stop_after=stop_after * 60,
         resume=resume,
         overwrite=overwrite,
     )
     for note in session.notes:
         output.note(note)
-    with output.progress("train") as bars:
-        result = session.run(_Reporter(output, bars))
+    with output.progress("train") as bars, _Stop(stop_after * 60) as stop:
+        result = session.run(_Reporter(output, bars), stop.wanted)
+    if stop.interrupted and not result.finished:
+        output.note(f"stopped after step {result.steps}; go on with the same command and --resume")
+        raise KeyboardInterrupt
     output.result(_document(result, out, session.settings), *_tables(result, out))
+
+
+class _Stop:
+    """Makes of Ctrl-C, SIGTERM and the time limit a stop between two steps; a second Ctrl-C acts at once."""
+
+    def __init__(self, seconds: float) -> None:
+        self.interrupted = False
+        self._end = time.monotonic() + seconds if seconds else math.inf
+        self._before: dict[signal.Signals, Any] = {}
+
+    def wanted(self) -> bool:
+        return self.interrupted or time.monotonic() > self._end
+
+    def __enter__(self) -> _Stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: object) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
 
 
 class _Reporter:

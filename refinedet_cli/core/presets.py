@@ -96,9 +96,12 @@ def refinedet320_mobilenetv2(classes: Classes) -> Preset:
         train=TrainConfig(
             batch=16,
             epochs=60,
-            lr=1e-2,
+            optimizer="adamw",
+            lr=1e-3,
             bias_lr=1.0,
             backbone_lr=0.3,
+            weight_decay=0.02,
+            ema_decay=0.995,
             freeze_stages=2,
             warmup_steps=100,
             augment=AugmentConfig(expand_max=2.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -192,8 +193,14 @@ def make_loader(data: TrainingSet, plan: Plan, start: int, workers: int, *, pin:
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_interrupts_to_the_run,
     )
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+def _leave_interrupts_to_the_run(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the run wants to finish its step first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -79,7 +79,7 @@ def _read_settings(file: Path) -> tuple[str | None, Mapping[str, Any]]:
         content: Any = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: {error}", "run files are TOML; the config.json of a run works too") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected tables of settings")
@@ -136,7 +136,7 @@ def _parse(text: str) -> Any:
     for parse in (json.loads, lambda t: tomllib.loads(f"v = {t}")["v"]):
         try:
             return parse(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return text
 

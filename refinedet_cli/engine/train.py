@@ -99,7 +99,7 @@ class RunOptions:
         workers: processes that make samples.
         cache: keep all decoded pictures in memory.
         resume: go on from the folder's state.
-        stop_after: stop cleanly (to be resumed) after this many seconds; 0 never.
+        should_stop: asked after every step; if it says so, the run saves its state and stops, to be resumed.
         provenance: plain data for the checkpoints.
     """
 
@@ -109,7 +109,7 @@ class RunOptions:
     workers: int
     cache: bool
     resume: bool
-    stop_after: float
+    should_stop: Callable[[], bool]
     provenance: Mapping[str, Any]
 
 
@@ -310,7 +310,7 @@ class _Run:
             if evaluate_now or now - saved > SAVE_EVERY_SECONDS:
                 self._save()
                 saved = time.monotonic()
-            if self.options.stop_after and now - start > self.options.stop_after and self.step < self.plan.steps:
+            if self.step < self.plan.steps and self.options.should_stop():
                 finished = False
                 break
         self._save()
@@ -332,11 +332,12 @@ class _Run:
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
             raw = self.network(images)
         loss = self.detector.criterion(raw, targets)
-        self._refuse_non_finite(loss, batch)
+        self._refuse_non_finite("loss", loss.total, loss, batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm or math.inf)
+        self._refuse_non_finite("gradient", norm, loss, batch)
         self.optimizer.step()
         self.step += 1
         if self.config.ema_decay:
@@ -347,13 +348,13 @@ class _Run:
         if report is not None:
             self.on_progress(report)
 
-    def _refuse_non_finite(self, loss: LossParts, batch: Batch) -> None:
-        if bool(loss.total.isfinite()):
+    def _refuse_non_finite(self, what: str, value: Tensor, loss: LossParts, batch: Batch) -> None:
+        if bool(value.isfinite()):
             return
         pictures = ", ".join(self.data.records[i].file_name for i in batch.indices[:4])
         terms = ", ".join(f"{name} {float(value):.4g}" for name, value in loss.parts.items())
         raise GateError(
-            f"the loss is not finite at step {self.step + 1} ({terms}; first pictures: {pictures})",
+            f"the {what} is not finite at step {self.step + 1} ({terms}; first pictures: {pictures})",
             f"lower train.lr (now {self.config.lr}) or lengthen train.warmup_steps; the state of before is in "
             f"{self.options.out / STATE_FILE}",
         )

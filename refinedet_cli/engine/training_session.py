@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,10 @@ class TrainingSession:
         """The resolved config as plain data."""
         return {"detector": to_dict(self.preset.detector), "train": to_dict(self.preset.train)}
 
-    def run(self, on_progress: Callable[[Report], None]) -> TrainResult:
-        """Train."""
-        return train(self.start.detector, self.data, self.validation, self.preset.train, self.options, on_progress)
+    def run(self, on_progress: Callable[[Report], None], should_stop: Callable[[], bool]) -> TrainResult:
+        """Train until the end, or until ``should_stop``, which is asked after every step."""
+        options = replace(self.options, should_stop=should_stop)
+        return train(self.start.detector, self.data, self.validation, self.preset.train, options, on_progress)
 
 
 def prepare(
@@ -63,7 +64,6 @@ def prepare(
     device: DeviceName,
     workers: int | None,
     cache: bool | None,
-    stop_after: float,
     resume: bool,
     overwrite: bool,
 ) -> TrainingSession:
@@ -107,10 +107,15 @@ def prepare(
         workers=max(0, (os.cpu_count() or 1) - 1) if workers is None else workers,
         cache=_fits_in_memory(training) if cache is None else cache,
         resume=resume,
-        stop_after=stop_after,
+        should_stop=never,
         provenance={"preset": resolved.detector.preset, "start": start.origin, "seed": resolved.train.seed},
     )
     return TrainingSession(resolved, start, training, validation, options, tuple(notes))
+
+
+def never() -> bool:
+    """Let a run go to its end."""
+    return False
 
 
 def _check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:

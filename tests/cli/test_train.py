@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from PIL import Image
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import tiny
 from refinedet_cli.core.refinedet import build
+from refinedet_cli.engine.run_state import load_state
 from refinedet_cli.zoo.checkpoint import load_detector, save_checkpoint
 
 FAST = ("--set", "train.evaluate_every=0", "--precision", "fp32", "--workers", 0, "--batch", 4)
@@ -127,3 +133,21 @@ def test_mistakes_end_with_one_line_and_nothing_written(run, data, weights, tmp_
     assert "Traceback" not in ended.stderr
     assert ended.stdout == ""
     assert not (out / "last.safetensors").exists()
+
+
+def test_ctrl_c_finishes_the_step_and_leaves_a_run_that_goes_on(data, weights, tmp_path):
+    call = ("train", "--data", data, "--out", tmp_path / "run", "--weights", weights, "--epochs", 400, *FAST)
+    program = "from refinedet_cli.cli.app import run; run()"
+    started = subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, call)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "run" / "log.csv"
+    deadline = time.monotonic() + 120
+    while not log.is_file() and time.monotonic() < deadline and started.poll() is None:
+        time.sleep(0.1)
+    started.send_signal(signal.SIGINT)
+    stdout, stderr = started.communicate(timeout=120)
+    assert started.returncode == 130, stderr
+    assert stdout == ""
+    (steps,) = re.findall(r"stopped after step (\d+); go on with the same command and --resume", stderr)
+    assert load_state(tmp_path / "run" / "state.pt").step == int(steps)

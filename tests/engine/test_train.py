@@ -86,7 +86,7 @@ def options(out: Path, **changes: object) -> RunOptions:
         workers=0,
         cache=False,
         resume=False,
-        stop_after=0.0,
+        should_stop=lambda: False,
         provenance={"preset": "tiny"},
     )
     return replace(base, **changes)  # type: ignore[arg-type]
@@ -181,7 +181,7 @@ def test_the_folder_holds_weights_logs_and_config(squares: Dataset, tmp_path: Pa
 
 
 def test_stopping_early_leaves_a_run_that_can_go_on(squares: Dataset, tmp_path: Path) -> None:
-    result = run(squares, preset(), options(tmp_path, stop_after=1e-9))
+    result = run(squares, preset(), options(tmp_path, should_stop=lambda: True))
     assert not result.finished
     assert result.steps == 1
     rest = run(squares, preset(), options(tmp_path, resume=True))

@@ -1,0 +1,306 @@
+"""How a run begins: which setting wins, and which weights it starts from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision.models import mobilenet_v2
+
+from refinedet_cli.core.config import Classes, DetectorConfig, to_dict
+from refinedet_cli.core.presets import DEFAULT_PRESET, Preset, get_preset, tiny
+from refinedet_cli.core.refinedet import build
+from refinedet_cli.engine import start
+from refinedet_cli.engine.start import resolve_config, start_detector
+from refinedet_cli.errors import CheckpointError, ConfigError
+from refinedet_cli.zoo.checkpoint import save_checkpoint
+
+TWO = Classes(names=("sofa", "dog"), category_ids=(1, 2))
+OTHERS = Classes(names=("zebra", "couch", "tvmonitor"), category_ids=(5, 6, 7))
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def resolve(
+    *settings: str, file: Path | None = None, preset: str | None = "tiny", weights: str | None = None
+) -> Preset:
+    return resolve_config(TWO, preset, weights, file, settings)
+
+
+def a_checkpoint(path: Path, classes: Classes = OTHERS, **network: object) -> Path:
+    config = tiny(classes).detector
+    config = replace(config, network=replace(config.network, **network))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        state = build(config).network.state_dict()
+    save_checkpoint(path, config, state, {})
+    return path
+
+
+# Which setting wins.
+
+
+def test_a_preset_alone():
+    assert resolve() == tiny(TWO)
+
+
+def test_a_file_changes_the_preset_and_settings_change_the_file(tmp_path):
+    file = written(
+        tmp_path / "run.toml",
+        """
+        [train]
+        lr = 0.5
+        epochs = 7
+        [train.augment]
+        hue = 10
+        [loss]
+        neg_ratio = 2
+        [preprocess]
+        mean = [1, 2, 3]
+        """,
+    )
+    resolved = resolve("train.lr=0.25", "loss.neg_ratio=4.5", file=file)
+    base = tiny(TWO)
+    assert resolved.train == replace(base.train, lr=0.25, epochs=7, augment=replace(base.train.augment, hue=10.0))
+    assert resolved.detector == replace(
+        base.detector,
+        loss=replace(base.detector.loss, neg_ratio=4.5),
+        preprocess=replace(base.detector.preprocess, mean=(1.0, 2.0, 3.0)),
+    )
+
+
+def test_the_last_of_equal_settings_wins():
+    assert resolve("train.lr=0.1", "train.lr=0.2").train.lr == 0.2
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("train.optimizer=adamw", "adamw"),
+        ('train.optimizer="adamw"', "adamw"),
+        ("train.epochs = 3", 3),
+        ("train.lr=1e-4", 1e-4),
+        ("train.lr=1", 1.0),
+        ("train.freeze_norm=false", False),
+        ("train.milestones=[0.25, 0.5]", (0.25, 0.5)),
+        ("train.small_input=[]", ()),
+        ("train.small_input=[[0.5,0.6]]", ((0.5, 0.6),)),
+    ],
+)
+def test_settings_are_read_as_toml_or_json_would(text, value):
+    name = text.partition("=")[0].strip().removeprefix("train.")
+    assert getattr(resolve(text).train, name) == value
+
+
+def test_settings_that_only_fit_together(tmp_path):
+    pairs = ["loss.arm_positive_iou=0.3", "loss.arm_negative_iou=0.2"]
+    for order in (pairs, pairs[::-1]):
+        loss = resolve(*order).detector.loss
+        assert (loss.arm_positive_iou, loss.arm_negative_iou) == (0.3, 0.2)
+    file = written(tmp_path / "run.toml", "[network]\ntcb_channels = 40\ntcb_norm = 'none'\n")
+    assert resolve(file=file).detector.network.tcb_channels == 40
+    with pytest.raises(ConfigError, match=r"network\.tcb_channels must be a multiple of 16"):
+        resolve("network.tcb_channels=40")
+
+
+def test_preset_of_the_weights(tmp_path):
+    path = a_checkpoint(tmp_path / "w.safetensors")
+    assert resolve(preset=None, weights=str(path)) == tiny(TWO)
+    assert resolve(preset="refinedet320_vgg16", weights=str(path)).detector.preset == "refinedet320_vgg16"
+    assert resolve(preset=None, weights="none") == get_preset(DEFAULT_PRESET, TWO)
+    assert resolve(preset=None, weights=None) == get_preset(DEFAULT_PRESET, TWO)
+    with pytest.raises(CheckpointError):
+        resolve(preset=None, weights=str(tmp_path / "none.safetensors"))
+
+
+def test_the_config_of_a_run_replays_it(tmp_path):
+    first = resolve(
+        "network.tcb_channels=40", "network.tcb_norm=none", "loss.odm_positive_iou=0.4", "loss.odm_negative_iou=0.4",
+        "train.lr=0.125", "train.augment.hue=1", "preprocess.width=128", "postprocess.keep=5",
+        "anchors.shapes=[[[1,2]],[[3,4]],[[5,6]],[[7,8],[9,9.5]]]",
+    )  # fmt: skip
+    document = {"detector": to_dict(first.detector), "train": to_dict(first.train)}
+    file = written(tmp_path / "config.json", json.dumps(document))
+    # No preset is named: it is that of the run, not that of the default weights.
+    assert resolve(file=file, preset=None) == first
+    assert resolve(file=file, preset="tiny") == first
+    assert resolve("train.lr=0.5", file=file, preset=None).train == replace(first.train, lr=0.5)
+    # On other data it keeps everything but the classes.
+    other = resolve_config(OTHERS, None, None, file, [])
+    assert other.detector == replace(first.detector, classes=OTHERS)
+
+
+# What does not fit.
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("train.lr", "train.lr"), ("", "''"), ("train.lrr=1", "train.lrr"), ("train=1", "train"),
+        ("train.lr.x=1", "train.lr.x"), ("train.augment.hew=1", "train.augment.hew"), ("lr=1", "lr"),
+        ("loss.neg_ratio=many", "loss.neg_ratio"), ("train.lr=nan", "train.lr"), ("train.lr=NaN", "train.lr"),
+        ("train.lr=-inf", "train.lr"), ("train.lr=", "train.lr"), ("train.augment.hue=400", "train.augment.hue"),
+        ("train.seed=-1", "train.seed"), ("train.epochs=1.5", "train.epochs"), ("loss=", "loss"),
+        ("anchors.strides=[4,8,16,32]", "anchors.strides"), ("=3", "''"), ("train.epochs=2020-01-01", "train.epochs"),
+        ("classes.names=[1]", "classes.names"), ("preset=tiny", "preset"), ("family=ssd", "family"),
+        ("no.such.setting=1", "no.such.setting"), ("train..lr=1", "train..lr"),
+        ("train.lr=" + "[" * 100_000, "train.lr"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_named(setting, named):
+    with pytest.raises(ConfigError) as caught:
+        resolve(setting)
+    assert named in caught.value.message
+
+
+def test_unknown_settings_come_with_the_known_ones():
+    with pytest.raises(ConfigError) as caught:
+        resolve("foo=1")
+    hint = caught.value.hint or ""
+    assert "train" in hint
+    assert "loss" in hint
+    assert "classes" not in hint
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.toml", b"[train\nlr=1"), ("a.toml", b"\xff\xfe\x00"), ("a.json", b"{"), ("a.json", b"[1]"),
+        ("a.json", b"3"), ("a.toml", b"detector = 5"), ("a.json", b'{"detector": [1]}'), ("a.toml", b"train = 5"),
+        ("a.toml", b"[train]\nlr = 'x'"), ("a.toml", b"[trian]\nlr = 1"), ("a.json", b'{"train": {"lr": NaN}}'),
+        ("a.toml", b"[classes]\nnames = ['a']"), ("a.json", b'{"detector": {"loss": 7}}'),
+        ("a.json", b'{"detector": {"surplus": 7}}'), ("a.json", b"[" * 100_000),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_fit_are_named(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        resolve(file=path)
+    assert str(path) in caught.value.message
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            resolve(file=path)
+
+
+def test_a_config_of_an_unknown_preset(tmp_path):
+    document = {"detector": {**to_dict(tiny(TWO).detector), "preset": "yours"}, "train": {}}
+    with pytest.raises(ConfigError, match="no preset is called 'yours'"):
+        resolve(file=written(tmp_path / "config.json", json.dumps(document)), preset=None)
+
+
+# The weights it starts from.
+
+
+def config_of(classes: Classes = TWO, **network: object) -> DetectorConfig:
+    config = tiny(classes).detector
+    return replace(config, network=replace(config.network, **network))
+
+
+def begin(config: DetectorConfig, **how: object):
+    return start_detector(config, **{"weights": "none", "backbone_weights": None, "seed": 0, **how})
+
+
+def test_random_weights_follow_the_seed_and_leave_the_global_generator():
+    before = torch.random.get_rng_state()
+    first, again, other = (begin(config_of(), seed=s) for s in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    states = [s.detector.network.state_dict() for s in (first, again, other)]
+    assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+    assert not torch.equal(states[0]["odm.levels.0.weight"], states[2]["odm.levels.0.weight"])
+    assert first.notes == ("start: random weights",)
+    assert first.origin == {"random": True}
+
+
+def test_class_outputs_are_taken_over_by_name(tmp_path):
+    path = a_checkpoint(tmp_path / "w.safetensors")
+    begun = begin(config_of(), weights=str(path))
+    old = build(tiny(OTHERS).detector)
+    old.network.load_state_dict(start.load_detector(path).detector.network.state_dict())
+    fresh = begin(config_of()).detector.network.state_dict()
+    new = begun.detector.network.state_dict()
+    for level in range(4):
+        weight, source, random = (
+            s[f"odm.levels.{level}.weight"].view(3, -1, 32, 3, 3) for s in (new, old.network.state_dict(), fresh)
+        )
+        assert torch.equal(weight[:, 0], source[:, 0])  # background
+        assert torch.equal(weight[:, 1], source[:, 2])  # a sofa is a couch
+        assert torch.equal(weight[:, 2], random[:, 2])  # no dog was known
+        assert torch.equal(weight[:, 3:], source[:, 4:])  # boxes
+    for name in new:
+        if not name.startswith("odm."):
+            assert torch.equal(new[name], old.network.state_dict()[name]), name
+    assert begun.origin == {"weights": "w.safetensors", "classes_taken_over": ["sofa"]}
+    assert any("taken over by name: sofa; the rest are new" in note for note in begun.notes)
+
+
+def test_the_same_classes_are_taken_over_whole(tmp_path):
+    path = a_checkpoint(tmp_path / "w.safetensors", TWO)
+    begun = begin(config_of(), weights=str(path), seed=5)
+    saved = start.load_detector(path).detector.network.state_dict()
+    assert all(torch.equal(t, saved[n]) for n, t in begun.detector.network.state_dict().items())
+    assert any("all class outputs" in note for note in begun.notes)
+
+
+def test_no_shared_class_is_said(tmp_path):
+    path = a_checkpoint(tmp_path / "w.safetensors", Classes(names=("moth",), category_ids=(1,)))
+    assert any("by name: none" in note for note in begin(config_of(), weights=str(path)).notes)
+
+
+def test_a_changed_network_starts_as_far_as_the_weights_fit(tmp_path):
+    path = a_checkpoint(tmp_path / "w.safetensors", TWO)
+    begun = begin(config_of(tcb_channels=64), weights=str(path))
+    assert any("have other shapes and start at random" in note for note in begun.notes)
+
+
+def test_another_input_is_said(tmp_path):
+    path = a_checkpoint(tmp_path / "w.safetensors", TWO)
+    config = config_of()
+    config = replace(config, preprocess=replace(config.preprocess, height=128))
+    assert any("input size or normalisation differs" in note for note in begin(config, weights=str(path)).notes)
+    assert not any("differs" in note for note in begin(config_of(), weights=str(path)).notes)
+
+
+def test_weights_of_another_backbone_are_refused(tmp_path):
+    path = a_checkpoint(tmp_path / "w.safetensors", TWO)
+    with pytest.raises(CheckpointError, match="none of these weights fit the preset 'refinedet320_vgg16'") as caught:
+        begin(get_preset("refinedet320_vgg16", TWO).detector, weights=str(path))
+    assert str(path) in caught.value.message
+
+
+def test_none_given_means_the_bundled_weights(tmp_path, monkeypatch):
+    path = a_checkpoint(tmp_path / "bundled.safetensors", TWO)
+    asked = []
+    monkeypatch.setattr(start, "resolve_weights", lambda name: asked.append(name) or path)
+    assert begin(config_of(), weights=None).origin["weights"] == "bundled.safetensors"
+    assert asked == [None]
+
+
+@pytest.mark.parametrize("weights", [None, "none"])
+def test_an_imagenet_backbone(tmp_path, weights):
+    path = tmp_path / "imagenet.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        state = mobilenet_v2(weights=None).state_dict()
+    save_file(state, path)
+    begun = begin(config_of(), weights=weights, backbone_weights=path)
+    network = begun.detector.network.state_dict()
+    assert torch.equal(network["backbone.features.0.0.weight"], state["features.0.0.weight"])
+    random = begin(config_of()).detector.network.state_dict()
+    assert torch.equal(network["odm.levels.0.weight"], random["odm.levels.0.weight"])
+    assert begun.origin == {"backbone": "imagenet.safetensors"}
+
+
+def test_two_kinds_of_weights_exclude_each_other(tmp_path):
+    with pytest.raises(ConfigError, match="exclude each other"):
+        begin(config_of(), weights="x.safetensors", backbone_weights=tmp_path / "y.pth")
