@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from refinedet_cli.core.presets import get_preset
 from refinedet_cli.data.files import write_whole
 from refinedet_cli.data.source import open_dataset
 from refinedet_cli.engine.evaluate import Evaluation, evaluate
 from refinedet_cli.engine.predict import Predictor
 from refinedet_cli.zoo.checkpoint import file_sha256, load_detector, save_checkpoint
-from refinedet_cli.zoo.hub import read_manifest
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 LARGEST = 16_000_000
@@ -42,7 +44,10 @@ def bundle(checkpoint: Path, dataset: str, folder: Path, entry: dict[str, Any]) 
     loaded = load_detector(checkpoint)
     name = loaded.config.preset
     path = folder / f"{name}.safetensors"
-    save_checkpoint(path, loaded.config, loaded.detector.network.state_dict(), loaded.provenance, dtype=torch.float16)
+    # Weights are not made for a post-processing: they go out with what their preset says today.
+    today = get_preset(name, loaded.config.classes).detector.postprocess
+    config = replace(loaded.config, postprocess=today)
+    save_checkpoint(path, config, loaded.detector.network.state_dict(), loaded.provenance, dtype=torch.float16)
     if path.stat().st_size > LARGEST:
         raise SystemExit(f"{path} has {path.stat().st_size:,} bytes, more than {LARGEST:,}")
     data = open_dataset(dataset, split="val")
@@ -63,24 +68,30 @@ def bundle(checkpoint: Path, dataset: str, folder: Path, entry: dict[str, Any]) 
         **entry,
         "scored_on": data.name,
         "scored_on_sha256": data.fingerprint,
-        **{k: round(getattr(result, k), 4) for k in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")},
+        **{k: _rounded(getattr(result, k)) for k in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")},
         "AP50_of_class": {
-            c: None if r.AP50 is None else round(r.AP50, 3)
-            for c, r in zip(evaluation.scored_classes, result.per_class, strict=True)
+            c: _rounded(r.AP50) for c, r in zip(evaluation.scored_classes, result.per_class, strict=True)
         },
     }
-    manifest = (read_manifest() if (folder / "manifest.toml").is_file() else {}) | {name: described}
-    write_whole(folder / "manifest.toml", "\n".join(_table(n, e) for n, e in manifest.items()))
+    file = folder / "manifest.toml"
+    manifest = (tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}) | {name: described}
+    write_whole(file, "\n".join(_table(n, e) for n, e in manifest.items()))
     return path, evaluation
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def _table(name: str, entry: dict[str, Any]) -> str:
     """Write one table as TOML, whose strings, numbers and flat lists are spelled like JSON's."""
-    plain = {k: v for k, v in entry.items() if not isinstance(v, dict)}
+    # TOML has no null: what there is no number of is left out.
+    plain = {k: v for k, v in entry.items() if not isinstance(v, dict) and v is not None}
     lines = [f"[{name}]", *(f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in plain.items())]
     for key, value in entry.items():
         if isinstance(value, dict):
-            lines += [f"\n[{name}.{key}]", *(f"{k} = {json.dumps(v)}" for k, v in value.items() if v is not None)]
+            rows = [f"{json.dumps(k, ensure_ascii=False)} = {json.dumps(v)}" for k, v in value.items() if v is not None]
+            lines += [f"\n[{name}.{key}]", *rows]
     return "\n".join([*lines, ""])
 
 

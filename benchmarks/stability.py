@@ -214,7 +214,8 @@ def measure(seeds: int, steps: int, device: torch.device) -> dict[Combination, T
             for combination, tally in tallies.items():
                 run = Run(recipe(combination, seed), device, combination.precision, steps)
                 train(run, batches[combination.batch], tally)
-            print(f"{seed + 1} of {seeds} seeds", file=sys.stderr)
+            failures = sum(tally.failures for tally in tallies.values())
+            print(f"{seed + 1} of {seeds} seeds: {failures} not finite", file=sys.stderr)
     return tallies
 
 

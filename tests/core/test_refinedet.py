@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.testing import assert_close
+from torchvision.models import mobilenet_v2
 
 from refinedet_cli.core.anchors import tile_anchors
+from refinedet_cli.core.backbones import StridedDepthwise
 from refinedet_cli.core.boxes import cxcywh_to_xyxy, decode
 from refinedet_cli.core.config import Classes, DetectorConfig, PreprocessConfig
 from refinedet_cli.core.layers import AnchorHead, L2Norm, TransferConnectionBlock, caffe_init
@@ -163,7 +165,8 @@ def test_vgg16_forward_by_hand():
     for parameter in network.parameters():
         if parameter.ndim == 1 and not parameter.any():  # biases, which start at 0
             parameter.detach().normal_(0, 0.05, generator=torch.Generator().manual_seed(parameter.numel()))
-    images = images_of(1, 3, 64, 64)
+    # At 64 px the coarsest maps are so small that only the middle of fc6's kernel meets them.
+    images = images_of(1, 3, 128, 128)
     with torch.no_grad():
         raw = network(images)
         sources, pyramid = vgg_by_hand(dict(network.state_dict()), images)
@@ -192,7 +195,35 @@ def test_mobilenet_maps_are_those_of_torchvision():
             assert_close(found, wanted, rtol=0, atol=0)
 
 
+def test_mobilenet_starts_with_torchvision_s_weights():
+    ours = seeded(tiny(TWO).detector, seed=7).backbone.features.state_dict()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        theirs = mobilenet_v2(weights=None).features.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 # Layers.
+
+
+def test_strided_depthwise_keeps_its_dtype_and_its_gradient_under_autocast():
+    layer = StridedDepthwise(8, 8, 3, stride=2, padding=1, groups=8, bias=False)
+    nn.init.uniform_(layer.weight, -1, 1, generator=torch.Generator().manual_seed(0))
+    plain = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8, bias=False)
+    plain.load_state_dict(layer.state_dict())
+    features = images_of(2, 8, 6, 6).bfloat16()
+    gradients = []
+    for module in (layer, plain):
+        inputs = features.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = module(inputs)
+        assert output.dtype == torch.bfloat16
+        output.float().square().sum().backward()
+        gradients.append((inputs.grad, module.weight.grad))
+    for found, expected in zip(*gradients, strict=True):
+        assert found.dtype == expected.dtype
+        assert_close(found, expected, rtol=5e-2, atol=5e-2)
 
 
 def test_l2norm_scales_each_place_to_its_factor():

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from refinedet_cli.core.presets import PRESETS
 from refinedet_cli.errors import CheckpointError
 from refinedet_cli.zoo import hub
+from refinedet_cli.zoo.checkpoint import file_sha256, load_detector, read_header
 from refinedet_cli.zoo.hub import DEFAULT_WEIGHTS, read_manifest, resolve_weights, weights_folder
 
 MANIFEST = f"""
@@ -107,3 +109,16 @@ def test_a_path_needs_no_bundle(bundle, tmp_path):
     path = tmp_path / "mine.safetensors"
     path.write_bytes(b"y")
     assert resolve_weights(str(path)) == path
+
+
+def test_the_weights_that_are_really_bundled():
+    manifest = read_manifest()
+    assert DEFAULT_WEIGHTS in manifest
+    for name, entry in manifest.items():
+        path = resolve_weights(name)
+        assert path.parent == weights_folder()
+        assert file_sha256(path) == entry["sha256"]
+        config, provenance = read_header(path)
+        assert config.preset in PRESETS
+        assert provenance
+    assert load_detector(resolve_weights(None)).config.preset == DEFAULT_WEIGHTS
