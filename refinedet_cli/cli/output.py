@@ -73,6 +73,22 @@ def _piped_console() -> Console:
     return Console(markup=False, emoji=False, highlight=False, no_color=True, width=_PIPED_WIDTH)
 
 
+class Bars(Progress):
+    """Progress bars, and below them one text that may change.
+
+    Attributes:
+        detail: the text; empty shows none.
+    """
+
+    detail = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """Yield the bars and the text, as Rich asks for them."""
+        yield from super().get_renderables()
+        if self.detail:
+            yield Text(self.detail, style="dim")
+
+
 @dataclass(frozen=True)
 class Output:
     """Where a command writes: its result, its remarks and its progress.
@@ -118,18 +134,18 @@ class Output:
         self._stderr.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
 
     @contextmanager
-    def progress(self, description: str) -> Iterator[Progress]:
+    def progress(self, description: str) -> Iterator[Bars]:
         """Show bars on stderr while the block runs; they vanish at its end.
 
         Args:
             description: stands before every bar.
 
         Yields:
-            A `rich.progress.Progress` without tasks. It shows nothing under ``json`` or ``quiet`` and without a
+            `Bars` without tasks. It shows nothing under ``json`` or ``quiet`` and without a
             terminal, yet takes the same calls, so that commands need not ask.
         """
         hidden = self.json or self.quiet or not sys.stderr.isatty() or self._stderr.is_dumb_terminal
-        bars = Progress(
+        bars = Bars(
             TextColumn(description, markup=False),
             TextColumn("{task.description}", markup=False),
             BarColumn(),

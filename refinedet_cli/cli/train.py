@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import Progress, TaskID
+from rich.progress import TaskID
 from rich.table import Table
 
 from refinedet_cli.cli.options import (
@@ -32,7 +32,7 @@ from refinedet_cli.cli.options import (
     WeightsOpt,
     WorkersOpt,
 )
-from refinedet_cli.cli.output import Output
+from refinedet_cli.cli.output import Bars, Output
 
 if TYPE_CHECKING:
     from refinedet_cli.engine.train import EvaluationReport, Report, StepReport, TrainResult
@@ -160,7 +160,7 @@ class _Stop:
 class _Reporter:
     """Turns reports into one bar and a line for each evaluation."""
 
-    def __init__(self, output: Output, bars: Progress) -> None:
+    def __init__(self, output: Output, bars: Bars) -> None:
         self.output, self.bars = output, bars
         self._cache: TaskID | None = None
         self._steps: TaskID | None = None
@@ -175,17 +175,18 @@ class _Reporter:
         elif isinstance(report, StepReport):
             if self._steps is None:
                 self._steps = self.bars.add_task("", total=report.steps)
-            self.bars.update(self._steps, completed=report.step, description=_step_line(report))
+            self.bars.detail = _step_detail(report)
+            self.bars.update(self._steps, completed=report.step, description=f"epoch {report.epoch:.1f}")
         else:
             self.output.note(_evaluation_line(report))
 
 
-def _step_line(report: StepReport) -> str:
-    parts = " ".join(f"{name} {value:.2f}" for name, value in report.parts.items())
-    positives = "/".join(f"{value:.0f}" for value in report.positives.values())
+def _step_detail(report: StepReport) -> str:
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in report.parts.items())
+    positives = ", ".join(f"{name} {value:.0f}" for name, value in report.positives.items())
     return (
-        f"epoch {report.epoch:.1f}  loss {report.total:.2f} ({parts})  positives {positives}  "
-        f"{report.pictures_per_second:.0f} pictures/s"
+        f"loss {report.total:.2f} ({parts}), positives a picture {positives}, "
+        f"lr {report.lr:.1e}, {report.pictures_per_second:.0f} pictures/s"
     )
 
 

@@ -340,34 +340,6 @@ def from_dict(cls: type[T], data: Any, *, where: str = "") -> T:
     return cls(**{name: _convert(hints[name], value, _dotted(where, name)) for name, value in data.items()})
 
 
-def replace_dotted(config: T, name: str, value: Any, *, where: str = "") -> T:
-    """Return a copy of a config with one dotted setting changed, e.g. ``("loss.neg_ratio", 2)``.
-
-    Args:
-        config: left as it is.
-        name: of the setting, seen from ``config``.
-        value: plain data or of the setting's type.
-        where: the place of ``config`` among all settings, for messages.
-
-    Raises:
-        ConfigError: the setting is unknown, or the value does not fit.
-    """
-    head, _, rest = name.partition(".")
-    known = [f.name for f in dataclasses.fields(config)]  # type: ignore[arg-type]
-    if head not in known:
-        raise ConfigError(f"unknown setting {_dotted(where, name)!r}", f"known here: {', '.join(known)}")
-    if rest:
-        child = getattr(config, head)
-        if not dataclasses.is_dataclass(child):
-            raise ConfigError(
-                f"{_dotted(where, head)!r} has no settings of its own, so {_dotted(where, name)!r} does not exist"
-            )
-        new = replace_dotted(child, rest, value, where=_dotted(where, head))
-    else:
-        new = _convert(typing.get_type_hints(type(config))[head], value, _dotted(where, name))
-    return dataclasses.replace(config, **{head: new})  # type: ignore[type-var]
-
-
 def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 

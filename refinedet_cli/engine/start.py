@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,8 @@ def resolve_config(
 
     Args:
         classes: those of the data.
-        preset: its name; None takes that of the weights.
-        weights: what the run starts from, for the preset; may be None (bundled) or "none".
+        preset: its name; None takes the detector of the weights, with the recipe of its preset.
+        weights: what the run starts from; may be None (bundled) or "none".
         file: a TOML with any of the tables ``[train]``, ``[network]``, ``[anchors]``, ``[loss]``, ``[preprocess]``,
             ``[postprocess]``, or the config.json of an earlier run.
         settings: ``name=value`` pairs; ``train.lr=0.01``, ``loss.neg_ratio=2``.
@@ -57,7 +57,8 @@ def resolve_config(
         ConfigError: an unknown name, a value that does not fit, or an unreadable file.
     """
     recorded, tables = (None, {}) if file is None else _read_settings(file)
-    resolved = get_preset(preset or recorded or _preset_of(weights), classes)
+    named = preset or recorded
+    resolved = get_preset(named, classes) if named is not None else _preset_of(weights, classes)
     try:
         resolved = _change(resolved, _flat(tables))
     except ConfigError as error:
@@ -65,11 +66,12 @@ def resolve_config(
     return _change(resolved, [_split(setting) for setting in settings])
 
 
-def _preset_of(weights: str | None) -> str:
+def _preset_of(weights: str | None, classes: Classes) -> Preset:
+    """Take the detector of the weights, whatever was set for it, with the recipe of its preset."""
     if weights is None or weights == NO_WEIGHTS:
-        return DEFAULT_PRESET
+        return get_preset(DEFAULT_PRESET, classes)
     config, _ = read_header(resolve_weights(weights))
-    return config.preset
+    return replace(get_preset(config.preset, classes), detector=replace(config, classes=classes))
 
 
 def _read_settings(file: Path) -> tuple[str | None, Mapping[str, Any]]:

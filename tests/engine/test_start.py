@@ -120,6 +120,13 @@ def test_preset_of_the_weights(tmp_path):
         resolve(preset=None, weights=str(tmp_path / "none.safetensors"))
 
 
+def test_weights_bring_their_own_settings_unless_a_preset_is_named(tmp_path):
+    path = a_checkpoint(tmp_path / "w.safetensors", tcb_channels=48)
+    assert resolve(preset=None, weights=str(path)).detector.network.tcb_channels == 48
+    assert resolve("network.tcb_channels=64", preset=None, weights=str(path)).detector.network.tcb_channels == 64
+    assert resolve(preset="tiny", weights=str(path)) == tiny(TWO)
+
+
 def test_the_config_of_a_run_replays_it(tmp_path):
     first = resolve(
         "network.tcb_channels=40", "network.tcb_norm=none", "loss.odm_positive_iou=0.4", "loss.odm_negative_iou=0.4",
