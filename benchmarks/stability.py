@@ -200,15 +200,17 @@ def train(run: Run, batches: Sequence[Batch], tally: Tally) -> None:
     tally.last += float(np.mean(losses[-tenth:]))
 
 
-def measure(seeds: int, steps: int, device: torch.device) -> dict[Combination, Tally]:
+def measure(
+    seeds: int, steps: int, device: torch.device, rates: Sequence[float], norms: Sequence[str]
+) -> dict[Combination, Tally]:
     """Run every combination for every seed, and print to stderr how far it is."""
-    tallies = {Combination(*c): Tally() for c in itertools.product(BATCHES, PRECISIONS, RATES, NORMS)}
+    tallies = {Combination(*c): Tally() for c in itertools.product(BATCHES, PRECISIONS, rates, norms)}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(seeds):
             dataset = draw_pictures(Path(folder), seed)
             # The samples depend on neither precision, rate nor normalisation.
             batches = {
-                size: make_batches(dataset, recipe(Combination(size, "fp32", RATES[0], NORMS[0]), seed), steps)
+                size: make_batches(dataset, recipe(Combination(size, "fp32", rates[0], norms[0]), seed), steps)
                 for size in BATCHES
             }
             for combination, tally in tallies.items():
@@ -240,13 +242,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=200, help="of each run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="cpu")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates")
+    parser.add_argument("--norms", choices=NORMS, nargs="+", default=NORMS, help="of the backbone")
     options = parser.parse_args(argv)
     if min(options.seeds, options.steps, options.threads) < 1:
         parser.error("--seeds, --steps and --threads must be at least 1")
     torch.set_num_threads(options.threads)
     name: DeviceName = options.device
     begin = time.monotonic()
-    tallies = measure(options.seeds, options.steps, select_device(name))
+    tallies = measure(options.seeds, options.steps, select_device(name), options.rates, options.norms)
     print(table(tallies, options.seeds))
     failures, steps = sum(t.failures for t in tallies.values()), sum(t.steps for t in tallies.values())
     print(f"{failures} not finite in {steps:,} steps; {time.monotonic() - begin:.0f} s")
