@@ -147,7 +147,8 @@ def _read(path: Path, *, tensors: bool) -> tuple[Header, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            content = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+            names = file.keys() if tensors else []
+            content = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})", "get the file again") from None
     if metadata.get("format") != FORMAT:
