@@ -18,6 +18,8 @@ from refinedet_cli.errors import ConfigError
 
 T = TypeVar("T")
 
+BACKBONES = ("vgg16", "mobilenet_v2", "resnet18", "resnet50", "resnet101")
+
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
@@ -85,20 +87,31 @@ class NetworkConfig:
     """Layers of a RefineDet network.
 
     Attributes:
-        backbone: which feature extractor.
+        backbone: which feature extractor: one of `BACKBONES`, or "timm/NAME" for one of the extra ``timm``.
         tcb_channels: width of the transfer connection blocks.
         tcb_norm: normalisation after each of their convolutions.
         arm: predict objectness and a first box refinement (off: one-step regression, no negative filtering).
         tcb: carry features from coarse to fine levels (off: the detection heads read the backbone's maps).
+        head_blocks: put a residual block of its own in front of every head (official ResNet networks).
+        stride_in: the convolution of a ResNet bottleneck that halves the resolution; "1x1" is the official code's,
+            "3x3" torchvision's.
+        stem_pool: the first pooling of a ResNet; "ceil" is the official code's, "padded" torchvision's.
     """
 
-    backbone: Literal["vgg16", "mobilenet_v2"]
+    backbone: str
     tcb_channels: int = 256
     tcb_norm: Literal["none", "batch", "group"] = "none"
     arm: bool = True
     tcb: bool = True
+    head_blocks: bool = False
+    stride_in: Literal["1x1", "3x3"] = "3x3"
+    stem_pool: Literal["padded", "ceil"] = "padded"
 
     def __post_init__(self) -> None:
+        _require(
+            self.backbone in BACKBONES or (self.backbone.startswith("timm/") and self.backbone != "timm/"),
+            f"network.backbone must be one of {', '.join(BACKBONES)}, or timm/NAME, not {self.backbone!r}",
+        )
         _require(self.tcb_channels > 0, f"network.tcb_channels must be positive, not {self.tcb_channels}")
         _require(
             self.tcb_norm != "group" or self.tcb_channels % 16 == 0,
@@ -117,6 +130,7 @@ class LossConfig:
         neg_ratio: mined negatives for each positive, per picture.
         arm_filter: negatives whose ARM objectness is below this are too easy for the ODM; 0 switches the filter off.
         loc_weight: weight of the box terms against the class terms.
+        background_negatives: negatives mined from a picture without objects, which else contributes nothing.
     """
 
     arm_positive_iou: float = 0.5
@@ -126,6 +140,7 @@ class LossConfig:
     neg_ratio: float = 3.0
     arm_filter: float = 0.01
     loc_weight: float = 1.0
+    background_negatives: int = 0
 
     def __post_init__(self) -> None:
         for part in ("arm", "odm"):
@@ -137,7 +152,9 @@ class LossConfig:
             )
         _require(self.neg_ratio >= 0, f"loss.neg_ratio must not be negative, not {self.neg_ratio}")
         _require(0 <= self.arm_filter < 1, f"loss.arm_filter must be in [0, 1), not {self.arm_filter}")
-        _require(self.loc_weight >= 0, f"loss.loc_weight must not be negative, not {self.loc_weight}")
+        for name in ("loc_weight", "background_negatives"):
+            value = getattr(self, name)
+            _require(value >= 0, f"loss.{name} must not be negative, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +188,8 @@ class PostprocessConfig:
         candidates_per: whether that number is per picture or per class.
         nms_iou: of two boxes of one class that overlap by more than this, the lower scored goes.
         keep: the most detections of one picture.
+        soft_nms_iou: after NMS, lower the score of a box by the overlap with a better one of its class where that is
+            more than this (linear soft-NMS); None leaves scores as they are.
     """
 
     score_threshold: float = 0.01
@@ -179,6 +198,7 @@ class PostprocessConfig:
     candidates_per: Literal["picture", "class"] = "picture"
     nms_iou: float = 0.45
     keep: int = 200
+    soft_nms_iou: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("score_threshold", "arm_filter", "nms_iou"):
@@ -186,6 +206,10 @@ class PostprocessConfig:
             _require(0 <= value <= 1, f"postprocess.{name} must be in [0, 1], not {value}")
         _require(self.candidates > 0, f"postprocess.candidates must be positive, not {self.candidates}")
         _require(self.keep > 0, f"postprocess.keep must be positive, not {self.keep}")
+        _require(
+            self.soft_nms_iou is None or 0 <= self.soft_nms_iou <= 1,
+            f"postprocess.soft_nms_iou must be in [0, 1], not {self.soft_nms_iou}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +278,7 @@ class TrainConfig:
     Attributes:
         batch: pictures in one optimiser step.
         epochs: passes over the data.
+        steps: optimiser steps of the run, in place of ``epochs``; 0 leaves it to these.
         optimizer: "sgd" (with momentum) or "adamw".
         lr: learning rate of the heads and the pyramid after warm-up.
         backbone_lr: factor on ``lr`` for the backbone.
@@ -274,6 +299,7 @@ class TrainConfig:
 
     batch: int = 32
     epochs: int = 60
+    steps: int = 0
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 1e-3
     momentum: float = 0.9
@@ -300,7 +326,7 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value >= 1, f"train.{name} must be at least 1, not {value}")
         _require(self.lr > 0, f"train.lr must be positive, not {self.lr}")
-        for name in ("backbone_lr", "bias_lr", "weight_decay", "warmup_steps", "clip_norm", "freeze_stages"):
+        for name in ("backbone_lr", "bias_lr", "weight_decay", "warmup_steps", "clip_norm", "freeze_stages", "steps"):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name} must not be negative, not {value}")
         _require(0 <= self.seed < 2**63, f"train.seed must be in [0, 2**63), not {self.seed}")

@@ -175,7 +175,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Group parameters by part and kind: biases and normalisation are not decayed, biases get ``bias_lr``.
 
-    Frozen parameters are left out. Each group's ``lr`` is multiplied by `learning_rate` at every step.
+    The backbone, for ``backbone_lr``, is what its stages hold. Frozen parameters are left out. Each group's ``lr`` is multiplied by `learning_rate` at every step.
     """
     norms = {
         id(p)
@@ -183,11 +183,13 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
         if isinstance(m, (nn.GroupNorm, nn.modules.batchnorm._BatchNorm))
         for p in m.parameters()
     }
+    backbone: Any = network.backbone
+    pretrained = {id(p) for stage in backbone.stages() for p in stage.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor = config.backbone_lr if name.startswith("backbone.features") else 1.0
+        factor = config.backbone_lr if id(parameter) in pretrained else 1.0
         is_norm, is_bias = id(parameter) in norms, name.endswith("bias")
         key = (factor * (config.bias_lr if is_bias and not is_norm else 1.0), float(not (is_norm or is_bias)))
         groups.setdefault(key, []).append(parameter)

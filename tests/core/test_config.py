@@ -30,23 +30,27 @@ from refinedet_cli.errors import ConfigError
 DETECTOR = DetectorConfig(
     preset="mine",
     classes=Classes(names=("zebra", "émeu"), category_ids=(7, 3)),
-    network=NetworkConfig(backbone="mobilenet_v2", tcb_channels=48, tcb_norm="group", arm=False, tcb=False),
+    network=NetworkConfig(
+        backbone="timm/regnety_002", tcb_channels=48, tcb_norm="group", arm=False, tcb=False, head_blocks=True,
+        stride_in="1x1", stem_pool="ceil",
+    ),
     anchors=AnchorConfig(
         shapes=(((1 / 3, 2.5),), ((4.0, 5.0), (6.0, 7.0)), ((8.0, 9.0),), ((1e-3, 1e3),)), variances=(0.3, 0.7)
     ),
     loss=LossConfig(
         arm_positive_iou=0.7, arm_negative_iou=0.3, odm_positive_iou=0.6, odm_negative_iou=0.4,
-        neg_ratio=2.5, arm_filter=0.1, loc_weight=0.1,
+        neg_ratio=2.5, arm_filter=0.1, loc_weight=0.1, background_negatives=9,
     ),
     preprocess=PreprocessConfig(
         height=128, width=192, mean=(1.5, 2.5, 3.5), std=(0.1, 0.2, 0.3), channel_order="bgr"
     ),
     postprocess=PostprocessConfig(
-        score_threshold=0.05, arm_filter=0.02, candidates=77, candidates_per="class", nms_iou=0.6, keep=33
+        score_threshold=0.05, arm_filter=0.02, candidates=77, candidates_per="class", nms_iou=0.6, keep=33,
+        soft_nms_iou=0.3,
     ),
 )  # fmt: skip
 TRAIN = TrainConfig(
-    batch=3, epochs=4, optimizer="adamw", lr=0.1, momentum=0.5, backbone_lr=0.25, bias_lr=3.0, weight_decay=0.5,
+    batch=3, epochs=4, steps=50, optimizer="adamw", lr=0.1, momentum=0.5, backbone_lr=0.25, bias_lr=3.0, weight_decay=0.5,
     warmup_steps=6, schedule="multistep", final_lr=0.5, milestones=(0.1, 0.9), gamma=0.5, ema_decay=0.0, clip_norm=1.0,
     precision="bf16", freeze_stages=2, freeze_norm=False, small_input=((0.5, 0.6), (0.8, 0.9)), evaluate_every=0,
     seed=2**63 - 1,
