@@ -175,7 +175,8 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Group parameters by part and kind: biases and normalisation are not decayed, biases get ``bias_lr``.
 
-    The backbone, for ``backbone_lr``, is what its stages hold. Frozen parameters are left out. Each group's ``lr`` is multiplied by `learning_rate` at every step.
+    The backbone, for ``backbone_lr``, is what its stages hold. Frozen parameters are left out. Each group's ``lr`` is
+    multiplied by `learning_rate` at every step.
     """
     norms = {
         id(p)
