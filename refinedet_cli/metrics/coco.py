@@ -12,9 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools.cocoeval import COCOeval
 
+from refinedet_cli.metrics.outcomes import Outcomes
+
 # Places in pycocotools' arrays: area range "all", at most 100 detections, IoU 0.5 and 0.75.
 _ALL_AREAS, _MAX_100 = 0, 2
-_IOU_50, _IOU_75 = 0, 5
+_IOU_50, _IOU_75, _IOUS = 0, 5, 10
+
+# Best detections of a class in a picture that count.
+MAX_DETECTIONS = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,16 +150,7 @@ def evaluate_coco(
 
     Source: Lin et al., Microsoft COCO (arXiv:1405.0312), and its evaluation page; pycocotools ``COCOeval``.
     """
-    _check_pictures(truths, detections)
-    for picture in truths:
-        _check_labels(picture.labels, picture.image_id, class_count)
-    for found in detections:
-        _check_labels(found.labels, found.image_id, class_count)
-    evaluator = COCOeval(
-        _Index([t.image_id for t in truths], class_count, _truth_entries(truths)),
-        _Index([d.image_id for d in detections], class_count, _detection_entries(detections)),
-        iouType="bbox",
-    )
+    evaluator = _evaluator(truths, detections, class_count)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
         evaluator.evaluate()
         evaluator.accumulate()
@@ -174,6 +170,78 @@ def evaluate_coco(
         precision=precision,
         recall=recall,
         scores=evaluator.eval["scores"],
+    )
+
+
+def match_coco(
+    truths: Sequence[PictureTruth], detections: Sequence[PictureDetections], class_count: int
+) -> tuple[Outcomes, ...]:
+    """Tell what became of the detections that AP, AP50 and AP75 are computed from: all areas, at most 100.
+
+    Args:
+        truths: as for `evaluate_coco`.
+        detections: as for `evaluate_coco`.
+        class_count: labels are 1..class_count.
+
+    Returns:
+        the outcomes of each class, by ascending label, at the 10 IoUs from 0.50 to 0.95; in the order in which
+        ``pycocotools`` goes through them, so that `evaluate_coco`'s precision follows from them to the bit.
+
+    Raises:
+        ValueError: the pictures of the two differ or repeat, or a label is out of range.
+    """
+    evaluator = _evaluator(truths, detections, class_count)
+    params = evaluator.params
+    params.areaRng, params.areaRngLbl, params.maxDets = [params.areaRng[_ALL_AREAS]], ["all"], [MAX_DETECTIONS]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator.evaluate()
+    places, count = {int(image_id): i for i, image_id in enumerate(params.imgIds)}, len(truths)
+    matched: list[dict[str, Any] | None] = evaluator.evalImgs  # class by class, of each class all pictures
+    return tuple(
+        _outcomes([m for m in matched[k * count : (k + 1) * count] if m is not None], places)
+        for k in range(class_count)
+    )
+
+
+def _outcomes(matched: list[dict[str, Any]], places: dict[int, int]) -> Outcomes:
+    """Join what pycocotools says of the pictures that have objects or detections of one class."""
+    scores = np.concatenate([np.zeros(0), *(m["dtScores"] for m in matched)])
+    found = np.concatenate([np.zeros((_IOUS, 0), bool), *(m["dtMatches"] > 0 for m in matched)], axis=1)
+    ignored = np.concatenate([np.zeros((_IOUS, 0), bool), *(m["dtIgnore"] for m in matched)], axis=1)
+    of_picture = [places[int(m["image_id"])] for m in matched]
+    objects = np.zeros(len(places), dtype=np.int64)
+    objects[of_picture] = [np.count_nonzero(m["gtIgnore"] == 0) for m in matched]
+    order = np.argsort(-scores, kind="stable")
+    return Outcomes(
+        picture=np.repeat(np.array(of_picture, dtype=np.int64), [len(m["dtScores"]) for m in matched])[order],
+        scores=scores[order],
+        right=(found & ~ignored)[:, order],
+        counted=~ignored[:, order],
+        objects=objects,
+    )
+
+
+def check_pictures(truths: Sequence[PictureTruth], detections: Sequence[PictureDetections], class_count: int) -> None:
+    """Refuse what cannot be scored.
+
+    Raises:
+        ValueError: the pictures of the two differ or repeat, or a label is not in 1..class_count.
+    """
+    expected, received = {t.image_id for t in truths}, {d.image_id for d in detections}
+    if len(expected) != len(truths) or len(received) != len(detections):
+        raise ValueError("a picture appears twice")
+    if expected != received:
+        raise ValueError(f"pictures {sorted(expected ^ received)[:5]} are in one of truths and detections, not in both")
+    for picture in (*truths, *detections):
+        _check_labels(picture.labels, picture.image_id, class_count)
+
+
+def _evaluator(truths: Sequence[PictureTruth], detections: Sequence[PictureDetections], class_count: int) -> COCOeval:
+    check_pictures(truths, detections, class_count)
+    return COCOeval(
+        _Index([t.image_id for t in truths], class_count, _truth_entries(truths)),
+        _Index([d.image_id for d in detections], class_count, _detection_entries(detections)),
+        iouType="bbox",
     )
 
 
@@ -276,11 +344,3 @@ def _check_labels(labels: NDArray[np.int64], image_id: int, class_count: int) ->
     wrong = labels[(labels < 1) | (labels > class_count)]
     if len(wrong):
         raise ValueError(f"label {wrong[0]} of picture {image_id} is not in 1..{class_count}")
-
-
-def _check_pictures(truths: Sequence[PictureTruth], detections: Sequence[PictureDetections]) -> None:
-    expected, received = {t.image_id for t in truths}, {d.image_id for d in detections}
-    if len(expected) != len(truths) or len(received) != len(detections):
-        raise ValueError("a picture appears twice")
-    if expected != received:
-        raise ValueError(f"pictures {sorted(expected ^ received)[:5]} are in one of truths and detections, not in both")

@@ -148,7 +148,7 @@ def calibration(matched: Matched, bins: int = 10) -> tuple[CalibrationBin, ...]:
             float(scores[place == i].mean()),
             float(right[place == i].mean()),
         )
-        for i in np.unique(place)
+        for i in np.unique(place).tolist()
     )
 
 
