@@ -9,10 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask
 
-from refinedet_cli.metrics.coco import PictureDetections, PictureTruth
-
-# Best detections of a class in a picture that count, as in the COCO metric.
-MAX_DETECTIONS = 100
+from refinedet_cli.metrics.coco import MAX_DETECTIONS, PictureDetections, PictureTruth
 
 
 class Objects(NamedTuple):
