@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +74,20 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no sample data at {folder}; set REFINEDET_TEST_DATA to its folder")
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Hugging Face Hub on this machine, which the client of this process uses: see hub_server.py for what it can."""
+    # Tests are imported without packages; a module that several share has to be loaded by its path.
+    if "hub_server" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("hub_server", ROOT / "tests" / "hub_server.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules["hub_server"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["hub_server"])
+    with sys.modules["hub_server"].running_hub(tmp_path, monkeypatch) as server:
+        yield server
 
 
 def _refuse_unless_local(address: Any) -> None:

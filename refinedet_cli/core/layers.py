@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.models.resnet import Bottleneck
 
 Norm = Literal["none", "batch", "group"]
 GROUP_SIZE = 16
@@ -44,6 +45,20 @@ def caffe_init(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
+def gaussian_init(module: nn.Module) -> None:
+    """Draw convolutions from a normal distribution of standard deviation 0.01 and set biases to 0.
+
+    Only fit for convolutions that batch normalisation follows: it undoes the scale, which is the same at any fan-in.
+
+    Source: weight fillers of the official ResNet networks.
+    """
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.normal_(layer.weight, std=0.01)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 def make_norm(kind: Norm, channels: int) -> nn.Module:
     """Build the normalisation layer that follows a convolution."""
     if kind == "batch":
@@ -66,6 +81,26 @@ def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, norm: Norm 
 def conv_relu(inputs: int, outputs: int, kernel: int, *, stride: int = 1, norm: Norm = "none") -> nn.Sequential:
     """Build convolution, normalisation and ReLU."""
     return nn.Sequential(*conv(inputs, outputs, kernel, stride=stride, norm=norm), nn.ReLU(inplace=True))
+
+
+def bottleneck(inputs: int, width: int, *, stride: int = 1) -> Bottleneck:
+    """Build a ResNet bottleneck with a projection: 1x1 and 3x3 to ``width``, 1x1 to four times that, sum, ReLU.
+
+    Every convolution is batch normalised; the stride is in the 3x3 (see `stride_in_1x1`) and in the projection.
+    """
+    outputs = width * Bottleneck.expansion
+    projection = nn.Sequential(*conv(inputs, outputs, 1, stride=stride, norm="batch"))
+    return Bottleneck(inputs, width, stride, projection)
+
+
+def stride_in_1x1(module: nn.Module) -> None:
+    """Move the stride of every bottleneck from its 3x3 convolution to its first 1x1, where ResNet had it at first.
+
+    Source: ResNet (arXiv:1512.03385); torchvision's place is the later one.
+    """
+    for block in module.modules():
+        if isinstance(block, Bottleneck):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
 
 class TransferConnectionBlock(nn.Module):

@@ -53,6 +53,11 @@ def caffe_postprocess() -> PostprocessConfig:
     return PostprocessConfig(candidates=1000, candidates_per="class", keep=500)
 
 
+def torchvision_preprocess() -> PreprocessConfig:
+    """Mean and deviation of the colours of ImageNet, which torchvision's classifiers expect."""
+    return PreprocessConfig(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
+
+
 POSTPROCESS_PRESETS: dict[str, Callable[[], PostprocessConfig]] = {
     "paper": paper_postprocess,
     "caffe": caffe_postprocess,
@@ -62,8 +67,8 @@ POSTPROCESS_PRESETS: dict[str, Callable[[], PostprocessConfig]] = {
 def refinedet320_vgg16(classes: Classes) -> Preset:
     """RefineDet320 with VGG-16 as published; 232 epochs of 07+12 at batch 32 are about 120k steps.
 
-    Differs in the recipe alone: a warm-up, averaged weights and clipping, against the divergence that users of the
-    official code met.
+    Differs in the recipe: a warm-up, averaged weights and clipping, against the divergence that users of the official
+    code met. Differs in the channel order: RGB where official weights want BGR (``preprocess.channel_order``).
     """
     return Preset(
         detector=DetectorConfig(
@@ -83,6 +88,66 @@ def refinedet512_vgg16(classes: Classes) -> Preset:
         base.detector,
         preset="refinedet512_vgg16",
         preprocess=replace(base.detector.preprocess, height=512, width=512),
+    )
+    return replace(base, detector=detector)
+
+
+def refinedet320_resnet101(classes: Classes) -> Preset:
+    """RefineDet320 with ResNet-101 as published, heads behind residual blocks; batch normalisation learns.
+
+    108 epochs of COCO's trainval35k at batch 32 are about 400k steps. Differs in the recipe as the one of VGG-16 does.
+    """
+    return Preset(
+        detector=DetectorConfig(
+            preset="refinedet320_resnet101",
+            classes=classes,
+            network=NetworkConfig(
+                backbone="resnet101", tcb_norm="batch", head_blocks=True, stride_in="1x1", stem_pool="ceil"
+            ),
+            anchors=paper_anchors(),
+            preprocess=PreprocessConfig(channel_order="bgr"),
+        ),
+        train=TrainConfig(epochs=108, schedule="multistep", milestones=(0.7, 0.9), freeze_norm=False),
+    )
+
+
+def refinedet512_resnet101(classes: Classes) -> Preset:
+    """RefineDet512 with ResNet-101 as published; 91 epochs of trainval35k at batch 20 are about 540k steps."""
+    base = refinedet320_resnet101(classes)
+    detector = replace(
+        base.detector,
+        preset="refinedet512_resnet101",
+        preprocess=replace(base.detector.preprocess, height=512, width=512),
+    )
+    return replace(base, detector=detector, train=replace(base.train, batch=20, epochs=91, milestones=(20 / 27, 8 / 9)))
+
+
+def refinedet320_resnet50(classes: Classes) -> Preset:
+    """The network with ResNet-101 on half as deep a backbone, made for torchvision's weights.
+
+    It keeps the blocks before the heads, as the ResNet-50 that others published figures of (VoVNet, arXiv:1904.09730).
+    """
+    base = refinedet320_resnet101(classes)
+    detector = replace(
+        base.detector,
+        preset="refinedet320_resnet50",
+        network=replace(base.detector.network, backbone="resnet50", stride_in="3x3", stem_pool="padded"),
+        preprocess=torchvision_preprocess(),
+    )
+    return replace(base, detector=detector)
+
+
+def refinedet320_resnet18(classes: Classes) -> Preset:
+    """The light default on ResNet-18, made for torchvision's weights.
+
+    It has no blocks before the heads: with them the network would nearly double.
+    """
+    base = refinedet320_mobilenetv2(classes)
+    detector = replace(
+        base.detector,
+        preset="refinedet320_resnet18",
+        network=replace(base.detector.network, backbone="resnet18"),
+        preprocess=torchvision_preprocess(),
     )
     return replace(base, detector=detector)
 
@@ -130,6 +195,10 @@ def tiny(classes: Classes) -> Preset:
 
 PRESETS: dict[str, Callable[[Classes], Preset]] = {
     "refinedet320_mobilenetv2": refinedet320_mobilenetv2,
+    "refinedet320_resnet18": refinedet320_resnet18,
+    "refinedet320_resnet50": refinedet320_resnet50,
+    "refinedet320_resnet101": refinedet320_resnet101,
+    "refinedet512_resnet101": refinedet512_resnet101,
     "refinedet320_vgg16": refinedet320_vgg16,
     "refinedet512_vgg16": refinedet512_vgg16,
     "tiny": tiny,

@@ -5,6 +5,7 @@ Source: Zhang et al., "Single-Shot Refinement Neural Network for Object Detectio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,12 +14,15 @@ from torch import Tensor, nn
 from refinedet_cli.core.anchors import anchors_per_cell, tile_anchors
 from refinedet_cli.core.backbones import build_backbone
 from refinedet_cli.core.boxes import cxcywh_to_xyxy, decode
-from refinedet_cli.core.config import AnchorConfig, DetectorConfig
+from refinedet_cli.core.config import AnchorConfig, DetectorConfig, NetworkConfig
 from refinedet_cli.core.detector import Detector
-from refinedet_cli.core.layers import AnchorHead, TransferConnectionBlock, caffe_init
+from refinedet_cli.core.layers import AnchorHead, TransferConnectionBlock, bottleneck, caffe_init, gaussian_init
 from refinedet_cli.core.loss import multibox_loss
 from refinedet_cli.core.postprocess import top_candidates
 from refinedet_cli.core.structures import Candidates, LossParts, Targets
+
+# The blocks in front of the heads narrow to this and widen to four times it, whatever they read.
+HEAD_BLOCK_WIDTH = 256
 
 
 class RawOutput(NamedTuple):
@@ -47,7 +51,7 @@ class RefineDet(nn.Module):
         network, per_cell = config.network, anchors_per_cell(config.anchors)
         self.backbone = build_backbone(network)
         sources = self.backbone.channels
-        self.arm = AnchorHead(sources, per_cell, 2) if network.arm else None
+        self.arm = AnchorHead(_head_inputs(network, sources), per_cell, 2) if network.arm else None
         self.tcb = (
             nn.ModuleList(
                 TransferConnectionBlock(
@@ -59,10 +63,18 @@ class RefineDet(nn.Module):
             else None
         )
         widths = (network.tcb_channels,) * len(sources) if network.tcb else sources
-        self.odm = AnchorHead(widths, per_cell, config.classes.with_background)
-        for name, child in self.named_children():
-            if name != "backbone":
-                caffe_init(child)
+        self.odm = AnchorHead(_head_inputs(network, widths), per_cell, config.classes.with_background)
+        self.arm_blocks = _head_blocks(sources) if network.arm and network.head_blocks else None
+        self.odm_blocks = _head_blocks(widths) if network.head_blocks else None
+        self._draw_weights(network)
+
+    def _draw_weights(self, network: NetworkConfig) -> None:
+        """Draw the parts after the backbone as the official code does: what is batch normalised has its own filler."""
+        for name, part in self.named_children():
+            if name in ("arm_blocks", "odm_blocks") or (name == "tcb" and network.tcb_norm == "batch"):
+                gaussian_init(part)
+            elif name != "backbone":
+                caffe_init(part)
 
     def forward(self, images: Tensor) -> RawOutput:
         """Map preprocessed pictures float[B, 3, H, W], H and W multiples of 64, to `RawOutput`."""
@@ -73,9 +85,24 @@ class RefineDet(nn.Module):
             for block, features in zip(reversed(self.tcb), reversed(maps), strict=True):
                 coarser = block(features, coarser)
                 refined.insert(0, coarser)
-        arm_logits, arm_offsets = self.arm(maps) if self.arm is not None else (None, None)
-        odm_logits, odm_offsets = self.odm(refined)
+        arm_logits, arm_offsets = None, None
+        if self.arm is not None:
+            arm_logits, arm_offsets = self.arm(_each_through(self.arm_blocks, maps))
+        odm_logits, odm_offsets = self.odm(_each_through(self.odm_blocks, refined))
         return RawOutput(arm_logits, arm_offsets, odm_logits, odm_offsets, (images.shape[2], images.shape[3]))
+
+
+def _head_inputs(network: NetworkConfig, widths: Sequence[int]) -> Sequence[int]:
+    return (4 * HEAD_BLOCK_WIDTH,) * len(widths) if network.head_blocks else widths
+
+
+def _head_blocks(widths: Sequence[int]) -> nn.ModuleList:
+    """One residual block a level (official ResNet networks; the paper does not tell of them)."""
+    return nn.ModuleList(bottleneck(inputs, HEAD_BLOCK_WIDTH) for inputs in widths)
+
+
+def _each_through(blocks: nn.ModuleList | None, maps: list[Tensor]) -> list[Tensor]:
+    return maps if blocks is None else [block(features) for block, features in zip(blocks, maps, strict=True)]
 
 
 class AnchorCache:
@@ -127,6 +154,7 @@ class Criterion:
                 negative_iou=loss.arm_negative_iou,
                 neg_ratio=loss.neg_ratio,
                 variances=variances,
+                background_negatives=loss.background_negatives,
             )
             parts |= {"arm_conf": arm.conf, "arm_loc": arm.loc}
             positives["arm"] = arm.positives
@@ -143,6 +171,7 @@ class Criterion:
             neg_ratio=loss.neg_ratio,
             variances=variances,
             may_be_negative=None if objectness is None else objectness >= loss.arm_filter,
+            background_negatives=loss.background_negatives,
         )
         parts |= {"odm_conf": odm.conf, "odm_loc": odm.loc}
         positives["odm"] = odm.positives

@@ -9,20 +9,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from refinedet_cli.core.config import Classes
-from refinedet_cli.data.dataset import Dataset, Record, listed
+from refinedet_cli.data.dataset import Dataset, listed
 from refinedet_cli.data.images import image_size, open_regular
+from refinedet_cli.data.records import Objects, Pictures, make_records, unused_classes
 from refinedet_cli.errors import DataError
 
-# Files commonly round coordinates to two decimals; what reaches out by no more than that is not worth a note.
-_ROUNDING = 0.02
-# A narrower box has no width left as a float32 fraction of a large picture, and training takes its logarithm.
-_MIN_SIDE = 0.01
 _MAX_INT = 2**63 - 1
 
 
@@ -49,45 +43,21 @@ def read_coco(path: Path, images: Path | None = None, *, search: Sequence[Path] 
     root = _root(path, images, entries, search)
     pictures = _pictures(path, entries, root)
     objects = _objects(path, _entries(path, document, "annotations"), pictures.positions, labels)
-    notes = list(pictures.notes)
-    records = _records(pictures, objects, notes)
-    used = set(objects.labels)
-    unused = [name for label, name in enumerate(classes.names, start=1) if label not in used]
-    if unused:
-        notes.append(f"{len(unused):,} of {len(classes):,} classes have no object: {listed(unused)}")
-    return Dataset(f"{path.resolve().parent.name}/{path.stem}", classes, records, tuple(notes))
+
+    def describe(places: Sequence[int]) -> str:
+        return "annotation ids " + ", ".join(str(objects.ids[i]) for i in places)
+
+    records, notes = make_records(pictures, objects, describe)
+    notes = (*pictures.notes, *notes, *unused_classes(classes, objects.labels))
+    return Dataset(f"{path.resolve().parent.name}/{path.stem}", classes, records, notes)
 
 
 @dataclass
-class _Pictures:
-    """Entries of ``images``, in order, and the place of each id."""
+class _Pictures(Pictures):
+    """Entries of ``images``, and the place of each id."""
 
-    ids: list[int] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    paths: list[Path] = field(default_factory=list)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
     positions: dict[int, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Objects:
-    """Entries of ``annotations`` as columns; an area of NaN is to be computed."""
-
-    ids: list[int] = field(default_factory=list)
-    pictures: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    boxes: list[list[float]] = field(default_factory=list)
-    areas: list[float] = field(default_factory=list)
-    crowd: list[bool] = field(default_factory=list)
-    difficult: list[bool] = field(default_factory=list)
-
-
-class _Clipped(NamedTuple):
-    boxes: NDArray[np.float64]
-    areas: NDArray[np.float64]
-    keep: NDArray[np.bool_]
-    notes: list[str]
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -269,8 +239,8 @@ def _links_out(folder: Path, top: Path, leaves: list[tuple[str, int]]) -> list[t
     ]
 
 
-def _objects(path: Path, entries: list[Any], positions: dict[int, int], labels: dict[int, int]) -> _Objects:
-    found = _Objects()
+def _objects(path: Path, entries: list[Any], positions: dict[int, int], labels: dict[int, int]) -> Objects:
+    found = Objects()
     seen: dict[int, int] = {}
     for index, entry in enumerate(entries):
         where = f"{path}: annotations[{index}]"
@@ -330,77 +300,3 @@ def _flag(entry: dict[str, Any], key: str, where: str) -> bool:
     if type(value) in (int, float) and value in (0, 1):
         return bool(value)
     raise DataError(f"{where}{_named(entry)}: {key} is {_shown(value)}", "it must be 0 or 1")
-
-
-def _clip(objects: _Objects, sizes: NDArray[np.float64]) -> _Clipped:
-    """Turn xywh into xyxy inside pictures of ``sizes``, float64[N, 2] (width, height), and tell which remain boxes."""
-    given = np.array(objects.boxes, dtype=np.float64).reshape(-1, 4)
-    areas = np.array(objects.areas, dtype=np.float64)
-    finite = _all(np.isfinite(given))
-    # An overflow of left + width is clipped like any other; boxes that are not finite are dropped below.
-    with np.errstate(over="ignore", invalid="ignore"):
-        whole = np.concatenate([given[:, :2], given[:, :2] + given[:, 2:]], axis=1)
-        corner = np.concatenate([sizes, sizes], axis=1)
-        boxes = np.clip(np.where(finite[:, None], whole, 0.0), 0.0, corner)
-        positive = _all(given[:, 2:] >= _MIN_SIDE)
-        inside = _all(boxes[:, 2:] - boxes[:, :2] >= _MIN_SIDE)
-        moved = ~_all(np.abs(boxes - whole) <= _ROUNDING)
-    keep = finite & positive & inside
-    sides = boxes[:, 2:] - boxes[:, :2]
-    own = sides[:, 0] * sides[:, 1]
-    # A box that lost a part lost of its object's area too; what is left fits into the box.
-    areas = np.where(np.isnan(areas), own, np.where(moved, np.minimum(areas, own), areas))
-    kinds = (
-        ("boxes are dropped: not finite numbers", ~finite),
-        ("boxes are dropped: without area (width or height not positive)", finite & ~positive),
-        ("boxes are dropped: outside their picture", finite & positive & ~inside),
-        ("boxes reach out of their picture and are clipped", keep & moved),
-    )
-    notes = [f"{int(which.sum()):,} {text}{_examples(objects, which)}" for text, which in kinds if which.any()]
-    return _Clipped(boxes, areas, keep, notes)
-
-
-def _all(holds: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    result: NDArray[np.bool_] = np.logical_and.reduce(holds, axis=1)
-    return result
-
-
-def _examples(objects: _Objects, which: NDArray[np.bool_]) -> str:
-    ids = [str(objects.ids[i]) for i in np.flatnonzero(which)[:3]]
-    return f" (annotation ids {', '.join(ids)}{', ...' if which.sum() > len(ids) else ''})"
-
-
-def _records(pictures: _Pictures, objects: _Objects, notes: list[str]) -> tuple[Record, ...]:
-    """Sort the objects to their pictures; what was dropped or clipped is added to ``notes``."""
-    of_picture = np.array(objects.pictures, dtype=np.int64)
-    sizes = np.array(pictures.sizes, dtype=np.float64)
-    clipped = _clip(objects, sizes[of_picture])
-    notes += clipped.notes
-    kept = np.flatnonzero(clipped.keep)
-    order = kept[np.argsort(of_picture[kept], kind="stable")]
-    ends = np.cumsum(np.bincount(of_picture[order], minlength=len(pictures.ids))).tolist()
-    boxes, areas = clipped.boxes[order], clipped.areas[order]
-    labels = np.array(objects.labels, dtype=np.int64)[order]
-    crowd, difficult = np.array(objects.crowd, dtype=bool)[order], np.array(objects.difficult, dtype=bool)[order]
-    ids = np.array(objects.ids, dtype=np.int64)[order]
-    records = []
-    start = 0
-    for i, end in enumerate(ends):
-        part = slice(start, end)
-        records.append(
-            Record(
-                image_id=pictures.ids[i],
-                path=pictures.paths[i],
-                width=pictures.sizes[i][0],
-                height=pictures.sizes[i][1],
-                boxes=boxes[part],
-                labels=labels[part],
-                areas=areas[part],
-                crowd=crowd[part],
-                difficult=difficult[part],
-                annotation_ids=ids[part],
-                file_name=pictures.names[i],
-            )
-        )
-        start = end
-    return tuple(records)

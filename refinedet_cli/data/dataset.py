@@ -10,12 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from refinedet_cli.core.config import Classes
 from refinedet_cli.errors import DataError
+
+Split = Literal["train", "val", "test"]
+# What the parts of a data set are called, the first most commonly.
+SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test",),
+}
 
 # Spellings of one class in VOC and COCO, after `_fold`; the right-hand side is COCO's.
 _SAME = {

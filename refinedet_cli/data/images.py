@@ -131,6 +131,11 @@ def find_images(sources: Sequence[str]) -> list[FoundImage]:
     return _with_unique_names(found)
 
 
+def is_picture_name(name: str) -> bool:
+    """Tell whether a file is a picture by its extension; hidden files are none."""
+    return not name.startswith(".") and Path(name).suffix.lower() in _EXTENSIONS
+
+
 @contextmanager
 def open_regular(path: Path) -> Iterator[BufferedReader]:
     """Open an ordinary, non-empty file to read; a pipe or device is refused, for it could block for ever.
@@ -345,7 +350,7 @@ def _search(folder: Path) -> list[FoundImage]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(here, name) for name in files if _is_picture_name(name)]
+        found += [Path(here, name) for name in files if is_picture_name(name)]
     named = [FoundImage(path, path.relative_to(folder).as_posix()) for path in found]
     return sorted(named, key=lambda image: image.name.split("/"))
 
@@ -355,16 +360,12 @@ def _match(pattern: str) -> list[FoundImage]:
     fixed = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
     # glob.glob rather than Path.glob, for that knows no absolute patterns and no hidden files.
     matches = (Path(match) for match in glob.glob(pattern, recursive=True))  # noqa: PTH207
-    found = [path for path in matches if _is_picture_name(path.name) and not path.is_dir()]
+    found = [path for path in matches if is_picture_name(path.name) and not path.is_dir()]
     named = []
     for path in found:
         name = path.relative_to(fixed)
         named.append(FoundImage(path, path.name if ".." in name.parts else name.as_posix()))
     return sorted(named, key=lambda image: (image.name.split("/"), image.path))
-
-
-def _is_picture_name(name: str) -> bool:
-    return not name.startswith(".") and Path(name).suffix.lower() in _EXTENSIONS
 
 
 def _with_unique_names(found: dict[Path, FoundImage]) -> list[FoundImage]:

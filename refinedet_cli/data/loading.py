@@ -53,14 +53,27 @@ class Plan:
         epochs: passes; the remainder of a pass that does not fill a batch is left out and reshuffled.
         seed: of the permutations.
         sizes: the preprocessing of a step, given the fraction of the run that is done.
+        steps: of the whole run, which may end within a pass; 0 leaves it to ``epochs``.
     """
 
     def __init__(
-        self, count: int, batch: int, epochs: int, seed: int, sizes: Callable[[float], PreprocessConfig]
+        self,
+        count: int,
+        batch: int,
+        epochs: int,
+        seed: int,
+        sizes: Callable[[float], PreprocessConfig],
+        *,
+        steps: int = 0,
     ) -> None:
         self.count, self.batch, self.seed, self.sizes = count, min(batch, count), seed, sizes
         self.steps_per_epoch = max(1, count // self.batch)
-        self.steps = self.steps_per_epoch * epochs
+        self.steps = steps or self.steps_per_epoch * epochs
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data in the whole run."""
+        return self.steps / self.steps_per_epoch
 
     def batches(self, start: int) -> Iterator[list[Draw]]:
         """Yield the draws of each step from ``start`` to the end of the run."""

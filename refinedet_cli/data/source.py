@@ -6,64 +6,56 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Protocol
 
 from refinedet_cli.data.coco import read_coco
-from refinedet_cli.data.dataset import Dataset, listed
+from refinedet_cli.data.dataset import SPLIT_NAMES, Dataset, Split, listed
 from refinedet_cli.data.images import open_regular
-from refinedet_cli.errors import DataError
+from refinedet_cli.data.public import PUBLIC_SETS, data_root, describe_archive, find_public, refuse_hidden
+from refinedet_cli.data.voc import VocFolder, find_voc, find_years, read_voc
+from refinedet_cli.data.yolo import YoloFile, find_yolo, load_yolo, read_yolo
+from refinedet_cli.errors import DataError, UsageError
 
-Split = Literal["train", "val", "test"]
-
-_ALIASES: dict[Split, tuple[str, ...]] = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test",),
-}
 _ROBOFLOW = "_annotations.coco.json"
 _READ = (
-    "read are COCO JSON files, and folders with train, val and test as COCO JSON files or as folders that hold one "
-    "(as Roboflow and CVAT export them)"
+    "read are COCO JSON files, folders with train, val and test, VOC folders (Annotations and JPEGImages), a YOLO "
+    f"data.yaml, and the names {listed(PUBLIC_SETS)}"
 )
-_NAMED = ("coco", "voc2007", "voc2012")
 
 
-def open_dataset(source: str, *, split: Split, images: Path | None = None) -> Dataset:
+def open_dataset(source: str, *, split: Split, images: Path | None = None, root: Path | None = None) -> Dataset:
     """Open one part of a data set.
 
-    A single JSON file is every part, named itself or by the folder that holds no other; ``find_splits`` tells whether
-    there is a part of its own.
+    What has no parts (a single JSON file, VOC annotations without lists) is every part; ``find_splits`` tells whether
+    there is a part of its own. Of VOC, train is ``train.txt`` alone, so that nothing of val is in it; what has another
+    name, as ``trainval``, is opened by that name.
 
     Args:
-        source: a COCO JSON file, or a folder with parts.
+        source: a COCO JSON; a folder with parts; a VOC folder; a YOLO data.yaml or its folder; or the name of a public
+            data set. With ``:PART`` at its end, that part is opened whatever ``split`` says.
         split: which part.
         images: the folder that file names are relative to; None looks where exporters put the pictures.
+        root: where public data sets lie; None takes $REFINEDET_DATA, else ./datasets.
 
     Raises:
         DataError: the source does not exist, is of a format that is not read, or has no such part, or two of them.
+        UsageError: ``images`` is given for a format that names its own folders.
     """
-    path = _existing(source)
-    if path.is_file():
-        return read_coco(path, images, search=_around(path, split))
-    found = _annotations(path, split)
-    if not found:
-        raise _missing_split(path, split)
-    if len(found) > 1:
-        choices = listed([str(f.relative_to(path)) for f in found])
-        raise DataError(f"{path} has more than one {split} part: {choices}", "name the JSON file itself")
-    dataset = read_coco(found[0], images, search=(*_around(found[0], split), *_inside(path, split)))
-    return dataclasses.replace(dataset, name=f"{path.resolve().name}/{split}")
+    place = _locate(source, root, split)
+    return _recognise(place, root).open(place.part or split, images, named=place.part is not None)
 
 
-def find_splits(source: str) -> tuple[Split, ...]:
-    """Tell which parts a data set has of its own; a single JSON file has none.
+def find_splits(source: str, root: Path | None = None) -> tuple[Split, ...]:
+    """Tell which parts a data set has of its own; one that is not divided, or one part by its name, has none.
 
     Raises:
         DataError: the source does not exist or is of a format that is not read.
     """
-    path = _existing(source)
-    return () if path.is_file() else tuple(split for split in _ALIASES if _annotations(path, split))
+    place = _locate(source, root)
+    kind = _recognise(place, root)
+    return () if place.part is not None else kind.splits()
 
 
 def hold_out(dataset: Dataset, *, fraction: float = 0.15, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -113,42 +105,260 @@ def _draw(picture: Path, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:".encode() + content).digest(), "big")
 
 
-def _existing(source: str) -> Path:
-    """The JSON file or folder that is meant."""
-    path = Path(source)
+# Where it lies -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a user named: a file or folder that exists, the part, and the name if it is a public data set."""
+
+    path: Path
+    part: str | None = None
+    public: str | None = None
+
+
+def _locate(source: str, root: Path | None, split: Split | None = None) -> _Place:
+    """Find what is meant; a file or folder of that very name goes first, colon and all."""
+    if _exists(source):
+        return _Place(Path(source))
+    name, part = _parted(source)
+    if part is not None and _exists(name):
+        return _Place(Path(name), part)
+    if name.lower() in PUBLIC_SETS:
+        public = name.lower()
+        refuse_hidden(public, part or split or "")  # First of all, before gigabytes are fetched in vain.
+        return _Place(find_public(public, root), part, public)
+    raise DataError(f"the data set {source} does not exist", f"check the path; {_READ}")
+
+
+def _exists(source: str) -> bool:
     try:
-        is_folder, is_there = path.is_dir(), path.exists()
+        return Path(source).exists()
     except (OSError, ValueError) as error:
         raise DataError(f"{source!r} cannot be read: {error}", "check the path") from error
-    if is_folder:
-        return _undivided(path) or path
-    if path.suffix.lower() in (".yaml", ".yml"):
-        raise _not_read(source, "is a YOLO data set" if is_there else "names a YOLO data set")
-    if not is_there:
-        if source.lower() in _NAMED:
-            raise _not_read(source, "names a public data set")
-        raise DataError(f"the data set {source} does not exist", f"check the path; {_READ}")
-    if path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"):
-        raise DataError(f"{source} is an archive", "unpack it and name the folder")
-    if path.suffix.lower() == ".xml":
-        raise _not_read(source, "is a VOC annotation")
+
+
+def _parted(source: str) -> tuple[str, str | None]:
+    """Take the part off the end; a colon in the middle of a path, or behind a drive's letter, begins none."""
+    name, _, part = source.rpartition(":")
+    is_drive = len(name) == 1 and name.isalpha() and not Path(name).exists()
+    if not name or not part or is_drive or "/" in part or "\\" in part:
+        return source, None
+    return name, part
+
+
+# What it is ----------------------------------------------------------------------------------------------------------
+
+
+class _Kind(Protocol):
+    """A data set of some format."""
+
+    def splits(self) -> tuple[Split, ...]:
+        """The parts of its own."""
+
+    def open(self, part: str, images: Path | None, *, named: bool) -> Dataset:
+        """Read a part; ``named`` if the user named it, so that what is not divided has to refuse."""
+
+
+def _recognise(place: _Place, root: Path | None) -> _Kind:
+    path = place.path
+    if place.public == "coco":
+        return _Coco(path)
+    if path.is_dir():
+        return _recognise_folder(path, root)
+    kind = path.suffix.lower()
+    if kind in (".yaml", ".yml"):
+        return _Yolo(load_yolo(path, data_root(root)))
+    if kind in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"):
+        raise DataError(f"{path} is an archive", "unpack it and name the folder")
+    if kind == ".xml":
+        raise DataError(f"{path} is the annotation of one picture", "name the folder of the data set")
     if not path.is_file():
-        raise DataError(f"{source} is not an ordinary file", "save it as a file first")
-    return path
+        raise DataError(f"{path} is not an ordinary file", "save it as a file first")
+    return _JsonFile(path)
 
 
-def _not_read(source: object, what: str) -> DataError:
-    return DataError(f"{source} {what}, a format that is not read yet", _READ)
+def _recognise_folder(folder: Path, root: Path | None) -> _Kind:
+    if any(_annotations(folder, names) for names in SPLIT_NAMES.values()):
+        return _JsonFolder(folder)
+    voc = find_voc(folder) or _one_year(folder)
+    if voc is not None:
+        return _Voc(voc)
+    described = find_yolo(folder)
+    if described is not None:
+        return _Yolo(load_yolo(described, data_root(root)))
+    files = _all_json(folder)
+    if len(files) == 1:
+        return _JsonFile(files[0])
+    if files:
+        return _JsonFolder(folder)  # Its files are no known parts, but may be named.
+    if any((folder / inner).is_dir() for inner in ("labels", "train/labels")):
+        raise DataError(
+            f"{folder} has label files as YOLO's, but no data.yaml", "write one with names, train and val into it"
+        )
+    raise DataError(f"{folder} has no annotations that are read", _READ)
 
 
-def _annotations(folder: Path, split: Split) -> list[Path]:
+def _one_year(folder: Path) -> VocFolder | None:
+    """The only VOC20xx folder of a VOCdevkit, or of the folder that holds it."""
+    years = find_years(folder) or find_years(folder / "VOCdevkit")
+    found = [voc for year in years if (voc := find_voc(year)) is not None]
+    if years and not found:
+        raise DataError(f"{years[0]} has no Annotations folder with XML files", "was the archive unpacked whole?")
+    if len(found) > 1:
+        raise DataError(
+            f"{folder} holds {listed([voc.root.name for voc in found])}",
+            f"name one of them, as {found[0].root}; train joins several --data",
+        )
+    return found[0] if found else None
+
+
+@dataclass(frozen=True)
+class _JsonFile:
+    """A single COCO JSON."""
+
+    path: Path
+
+    def splits(self) -> tuple[Split, ...]:
+        return ()
+
+    def open(self, part: str, images: Path | None, *, named: bool) -> Dataset:
+        if named:
+            raise DataError(f"{self.path} is not divided, so it has no part {part}", f"leave out :{part}")
+        return read_coco(self.path, images, search=_around(self.path, _names(part)))
+
+
+@dataclass(frozen=True)
+class _JsonFolder:
+    """A folder with a COCO JSON for each part."""
+
+    path: Path
+
+    def splits(self) -> tuple[Split, ...]:
+        return tuple(split for split, names in SPLIT_NAMES.items() if _annotations(self.path, names))
+
+    def open(self, part: str, images: Path | None, *, named: bool) -> Dataset:
+        names = (part,) if named and _annotations(self.path, (part,)) else _names(part)
+        found = _annotations(self.path, names)
+        if not found:
+            raise self._missing(part)
+        if len(found) > 1:
+            choices = listed([str(f.relative_to(self.path)) for f in found])
+            raise DataError(f"{self.path} has more than one {part} part: {choices}", "name the JSON file itself")
+        dataset = read_coco(found[0], images, search=(*_around(found[0], names), *_inside(self.path, names)))
+        return dataclasses.replace(dataset, name=f"{self.path.resolve().name}/{part}")
+
+    def _missing(self, part: str) -> DataError:
+        others = self.splits()
+        if others:
+            return DataError(f"{self.path} has no {part} part, only {listed(others)}", "name the JSON file itself")
+        loose = [str(f.relative_to(self.path)) for f in _all_json(self.path)]
+        return DataError(
+            f"{self.path} has no {part} part; its JSON files are {listed(loose, 10)}", "name the JSON file itself"
+        )
+
+
+@dataclass(frozen=True)
+class _Coco:
+    """COCO in its official layout."""
+
+    path: Path
+
+    def splits(self) -> tuple[Split, ...]:
+        return tuple(split for split in ("train", "val") if self._file(f"{split}2017").is_file())
+
+    def open(self, part: str, images: Path | None, *, named: bool) -> Dataset:
+        # The usual parts are those of 2017; other files of the folder, as val2014, go by their own names.
+        own = f"{part}2017" if part in ("train", "val") else part
+        file = self._file(own)
+        if not file.is_file():
+            others = _json_files(self.path / "annotations", r"instances_.*\.json")
+            raise _no_part(self.path, part, [other.stem.removeprefix("instances_") for other in others])
+        dataset = read_coco(file, images, search=_around(file, (own,)))
+        if images is None and not dataset.records[0].path.is_file():
+            archive = describe_archive(f"{own}.zip")
+            raise DataError(
+                f"the pictures of coco {own} are neither in {self.path / own} nor in {self.path / 'images' / own}",
+                f"unpack {archive} in {self.path}, or name their folder with --images",
+            )
+        return dataclasses.replace(dataset, name=f"coco/{own}")
+
+    def _file(self, part: str) -> Path:
+        return self.path / "annotations" / f"instances_{part}.json"
+
+
+@dataclass(frozen=True)
+class _Voc:
+    """A folder in VOC's layout."""
+
+    folder: VocFolder
+
+    def splits(self) -> tuple[Split, ...]:
+        if not self._is_divided:
+            return ()
+        return tuple(split for split in SPLIT_NAMES if self.folder.part(split) is not None)
+
+    def open(self, part: str, images: Path | None, *, named: bool) -> Dataset:
+        root = self.folder.root
+        if not self._is_divided and not named:
+            return read_voc(self.folder, self.folder.parts[0], images)
+        found = self.folder.part(part)
+        if found is not None:
+            return read_voc(self.folder, found, images)
+        if root.name == "VOC2012":
+            refuse_hidden("voc2012", part)
+        raise _no_part(root, part, [p.name for p in self.folder.parts if p.name])
+
+    @property
+    def _is_divided(self) -> bool:
+        return self.folder.parts[0].name != ""
+
+
+@dataclass(frozen=True)
+class _Yolo:
+    """A YOLO data set."""
+
+    described: YoloFile
+
+    def splits(self) -> tuple[Split, ...]:
+        return tuple(split for split, _ in self.described.entries)
+
+    def open(self, part: str, images: Path | None, *, named: bool) -> Dataset:
+        if images is not None:
+            raise UsageError(
+                f"--images does not go with {self.described.path}",
+                "a YOLO data set names its own folders: leave it out",
+            )
+        if self.described.part(part) is None:
+            raise _no_part(self.described.path, part, [*self.splits()])
+        return read_yolo(self.described, part)
+
+
+def _no_part(path: Path, part: str, others: Sequence[str]) -> DataError:
+    if not others:
+        return DataError(f"{path} is not divided, so it has no part {part}", f"leave out :{part}")
+    cure = f"name another, as {path}:{'trainval' if part == 'train' and 'trainval' in others else others[0]}"
+    if path.name == "VOC2007" and part == "test":
+        cure += f"; the official test part comes with {describe_archive('VOCtest_06-Nov-2007.tar')}"
+    return DataError(f"{path} has no {part} part, only {listed(others)}", cure)
+
+
+def _names(part: str) -> tuple[str, ...]:
+    """What a part may be called."""
+    return next((names for names in SPLIT_NAMES.values() if part in names), (part,))
+
+
+# COCO JSON in folders ------------------------------------------------------------------------------------------------
+
+
+def _annotations(folder: Path, names: Sequence[str]) -> list[Path]:
     """The annotation files of one part of a folder, wherever exporters put them."""
     found: list[Path] = []
-    for alias in _ALIASES[split]:
-        found += _json_files(folder, rf"{alias}\.json")
-        found += _json_files(folder / "annotations", rf"(instances_)?{alias}(20\d\d)?\.json")
-        roboflow = folder / alias / _ROBOFLOW
-        found += [roboflow] if roboflow.is_file() else _json_files(folder / alias, r".*\.json")
+    for name in names:
+        found += _json_files(folder, rf"(instances_)?{re.escape(name)}\.json")
+        found += _json_files(folder / "annotations", rf"(instances_)?{re.escape(name)}(20\d\d)?\.json")
+        roboflow = folder / name / _ROBOFLOW
+        found += [roboflow] if roboflow.is_file() else _json_files(folder / name, r".*\.json")
     return found
 
 
@@ -165,17 +375,8 @@ def _all_json(folder: Path) -> list[Path]:
     return [*_json_files(folder, r".*\.json"), *_json_files(folder / "annotations", r".*\.json")]
 
 
-def _undivided(folder: Path) -> Path | None:
-    """The only annotation file of a folder that has no parts."""
-    if any(_annotations(folder, split) for split in _ALIASES):
-        return None
-    files = _all_json(folder)
-    return files[0] if len(files) == 1 else None
-
-
-def _inside(folder: Path, split: Split) -> list[Path]:
+def _inside(folder: Path, names: Sequence[str]) -> list[Path]:
     """Where the pictures of one part of a folder may lie."""
-    names = _ALIASES[split]
     years = tuple(f"{name}{year}" for name in names for year in (2017, 2014))
     below = [folder / "images" / name for name in (*names, *years)]
     return [
@@ -187,30 +388,11 @@ def _inside(folder: Path, split: Split) -> list[Path]:
     ]
 
 
-def _around(annotations: Path, split: Split) -> Sequence[Path]:
+def _around(annotations: Path, names: Sequence[str]) -> Sequence[Path]:
     """Where the pictures of an annotation file may lie, if not beside it."""
     own = annotations.parent
     beside = [own / "images", own / "data", own / annotations.stem]
     if own.name.lower() != "annotations":
         return beside
     stem = annotations.stem.removeprefix("instances_")
-    return [*beside, own.parent / "images" / stem, own.parent / stem, *_inside(own.parent, split)]
-
-
-def _missing_split(folder: Path, split: Split) -> DataError:
-    others = [other for other in _ALIASES if other != split and _annotations(folder, other)]
-    if others:
-        return DataError(f"{folder} has no {split} part, only {listed(others)}", "name the JSON file itself")
-    if any((folder / name).is_file() for name in ("data.yaml", "data.yml")):
-        return _not_read(folder, "holds a YOLO data set")
-    if (folder / "VOCdevkit").is_dir() or ((folder / "Annotations").is_dir() and (folder / "JPEGImages").is_dir()):
-        return _not_read(folder, "is a VOC data set")
-    if any(re.fullmatch(r"VOC20\d\d", child.name) for child in folder.iterdir()):
-        return _not_read(folder, "holds VOC data sets")
-    loose = [str(f.relative_to(folder)) for f in _all_json(folder)]
-    if loose:
-        return DataError(
-            f"{folder} has no {split} part; its JSON files are {listed(loose, 10)}",
-            "name the JSON file itself",
-        )
-    return DataError(f"{folder} has no annotations that are read", _READ)
+    return [*beside, own.parent / "images" / stem, own.parent / stem, *_inside(own.parent, names)]

@@ -11,15 +11,25 @@ from typing import Any
 
 import torch
 
-from refinedet_cli.core.config import Classes, DetectorConfig, TrainConfig, from_dict, to_dict
+from refinedet_cli.core.config import (
+    Classes,
+    DetectorConfig,
+    NetworkConfig,
+    PreprocessConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
 from refinedet_cli.core.detector import Detector
 from refinedet_cli.core.presets import DEFAULT_PRESET, Preset, get_preset
 from refinedet_cli.core.refinedet import build
 from refinedet_cli.data.dataset import match_classes
+from refinedet_cli.engine.run_file import RunFile
 from refinedet_cli.errors import CheckpointError, ConfigError
+from refinedet_cli.zoo.backbone_weights import BackboneFile, load_backbone
 from refinedet_cli.zoo.checkpoint import load_detector, read_header
 from refinedet_cli.zoo.hub import resolve_weights
-from refinedet_cli.zoo.warm_start import copy_detector, load_backbone
+from refinedet_cli.zoo.warm_start import copy_detector
 
 NO_WEIGHTS = "none"
 _DECIDED = {"family", "preset", "classes"}
@@ -41,29 +51,47 @@ class Start:
 
 
 def resolve_config(
-    classes: Classes, preset: str | None, weights: str | None, file: Path | None, settings: Sequence[str]
+    classes: Classes,
+    preset: str | None,
+    weights: str | None,
+    run_file: RunFile,
+    settings: Sequence[str],
+    *,
+    backbone: BackboneFile | None = None,
 ) -> Preset:
-    """Resolve a run's config: preset, then run file, then single settings.
+    """Resolve a run's config: preset, then what its starting weights ask for, then run file, then settings.
+
+    ImageNet weights ask for their input normalisation, random ones that nothing is frozen.
 
     Args:
         classes: those of the data.
-        preset: its name; None takes the detector of the weights, with the recipe of its preset.
+        preset: its name; None takes that of the run file, else the detector of the weights with its preset's recipe.
         weights: what the run starts from; may be None (bundled) or "none".
-        file: a TOML with any of the tables ``[train]``, ``[network]``, ``[anchors]``, ``[loss]``, ``[preprocess]``,
-            ``[postprocess]``, or the config.json of an earlier run.
+        run_file: settings in tables.
         settings: ``name=value`` pairs; ``train.lr=0.01``, ``loss.neg_ratio=2``.
+        backbone: ImageNet weights that the run starts from.
 
     Raises:
-        ConfigError: an unknown name, a value that does not fit, or an unreadable file.
+        ConfigError: an unknown name, or a value that does not fit.
     """
-    recorded, tables = (None, {}) if file is None else _read_settings(file)
-    named = preset or recorded
+    named = preset or run_file.preset
     resolved = get_preset(named, classes) if named is not None else _preset_of(weights, classes)
+    if backbone is not None:
+        detector = replace(resolved.detector, preprocess=_wanted_input(backbone, resolved.detector.preprocess))
+        resolved = replace(resolved, detector=detector)
+    elif weights == NO_WEIGHTS:
+        # What is drawn at random has to be learned: no preset's frozen layers would ever be of use.
+        resolved = replace(resolved, train=replace(resolved.train, freeze_stages=0, freeze_norm=False))
     try:
-        resolved = _change(resolved, _flat(tables))
+        resolved = _change(resolved, _flat(run_file.settings))
     except ConfigError as error:
-        raise ConfigError(f"{file}: {error.message}", error.hint) from None
+        raise ConfigError(f"{run_file.path}: {error.message}", error.hint) from None
     return _change(resolved, [_split(setting) for setting in settings])
+
+
+def _wanted_input(file: BackboneFile, config: PreprocessConfig) -> PreprocessConfig:
+    """Change the normalisation, not the size, to what ImageNet weights are made for."""
+    return replace(config, mean=file.mean, std=file.std, channel_order=file.channel_order)
 
 
 def _preset_of(weights: str | None, classes: Classes) -> Preset:
@@ -72,26 +100,6 @@ def _preset_of(weights: str | None, classes: Classes) -> Preset:
         return get_preset(DEFAULT_PRESET, classes)
     config, _ = read_header(resolve_weights(weights))
     return replace(get_preset(config.preset, classes), detector=replace(config, classes=classes))
-
-
-def _read_settings(file: Path) -> tuple[str | None, Mapping[str, Any]]:
-    """Read tables of settings, and the name of the preset where the file is the config.json of a run."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        content: Any = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: {error}", "run files are TOML; the config.json of a run works too") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: expected tables of settings")
-    detector = content.pop("detector", {})
-    if not isinstance(detector, dict):
-        raise ConfigError(f"{file}: detector must be a table of settings, not {detector!r}")
-    preset = detector.get("preset")
-    # A replayed config.json names what the data and the preset decide; those are not settings.
-    tables = {**{k: v for k, v in detector.items() if k not in _DECIDED}, **content}
-    return preset if isinstance(preset, str) else None, tables
 
 
 def _flat(tables: Mapping[str, Any], where: str = "") -> list[tuple[str, Any]]:
@@ -143,14 +151,14 @@ def _parse(text: str) -> Any:
     return text
 
 
-def start_detector(config: DetectorConfig, *, weights: str | None, backbone_weights: Path | None, seed: int) -> Start:
+def start_detector(config: DetectorConfig, *, weights: str | None, backbone: BackboneFile | None, seed: int) -> Start:
     """Build a detector and give it its starting weights.
 
     Args:
         config: of the detector to train.
         weights: None for the bundled default, "none" for a random start, else a detector's file or bundled name. Class
             outputs are taken over by class name.
-        backbone_weights: an ImageNet backbone to load instead.
+        backbone: ImageNet weights to load instead.
         seed: of the weights that are drawn.
 
     Raises:
@@ -160,15 +168,59 @@ def start_detector(config: DetectorConfig, *, weights: str | None, backbone_weig
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         detector = build(config)
-    if backbone_weights is not None:
+    if backbone is not None:
         if weights not in (None, NO_WEIGHTS):
             raise ConfigError("--weights and --backbone-weights exclude each other", "give one of them")
-        count = load_backbone(detector.network, backbone_weights)
-        note = f"start: backbone from {backbone_weights} ({count} tensors), the rest random"
-        return Start(detector, (note,), {"backbone": backbone_weights.name})
+        return _backbone_start(detector, backbone)
     if weights == NO_WEIGHTS:
         return Start(detector, ("start: random weights",), {"random": True})
     return _warm_start(detector, resolve_weights(weights))
+
+
+def _backbone_start(detector: Detector, file: BackboneFile) -> Start:
+    count = load_backbone(detector.network, file)
+    unused = f", {file.tensors - count} unused" if file.tensors > count else ""
+    notes = [
+        f"start: backbone from {file.origin} ({count} tensors{unused}), the rest random",
+        *_input_notes(detector.config.preprocess, file),
+        *_stride_notes(detector.config.network, file),
+    ]
+    place = {"repo": file.repo, "commit": file.commit} if file.repo is not None else {}
+    origin = {**place, "file": file.path.name, "sha256": file.sha256, "layout": file.layout}
+    return Start(detector, tuple(notes), {"backbone": origin})
+
+
+def _input_notes(config: PreprocessConfig, file: BackboneFile) -> list[str]:
+    """Tell which input the network gets, and what to doubt about it."""
+    wanted = _wanted_input(file, config)
+    if config != wanted:
+        return [f"start: input {_input(config)}, as set; weights of this kind are mostly made for {_input(wanted)}"]
+    notes = [f"start: input {_input(config)}, which these weights are made for"]
+    if file.layout == "vgg16_reducedfc":
+        notes.append(
+            "start: whether vgg16_reducedfc is made for BGR or RGB is disputed; BGR is that of the Caffe file it "
+            "comes from; for RGB: --set preprocess.channel_order=rgb"
+        )
+    return notes
+
+
+def _input(config: PreprocessConfig) -> str:
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (config.mean, config.std))
+    return f"{config.channel_order.upper()} less {mean}, over {std}"
+
+
+def _stride_notes(config: NetworkConfig, file: BackboneFile) -> list[str]:
+    """Tell where a ResNet differs from the one that the weights were trained in; they load all the same."""
+    if file.layout != "resnet":
+        return []
+    cures = {"stride_in": "3x3", "stem_pool": "padded"}
+    differing = [f"--set network.{name}={value}" for name, value in cures.items() if getattr(config, name) != value]
+    if not differing:
+        return []
+    return [
+        "start: these weights come from a network with network.stride_in 3x3 and network.stem_pool padded; "
+        f"for the same network: {' '.join(differing)}"
+    ]
 
 
 def _warm_start(detector: Detector, path: Path) -> Start:

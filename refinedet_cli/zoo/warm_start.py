@@ -1,4 +1,4 @@
-"""Start a network from weights made for something else: another class list, or an ImageNet classifier."""
+"""Start a network from the weights of one with another class list, and read files of tensors with care."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from refinedet_cli.errors import CheckpointError
+
+
+class UnreadableFileError(CheckpointError):
+    """A file of weights that is damaged."""
 
 
 @dataclass(frozen=True)
@@ -70,34 +74,6 @@ def copy_detector(
     return WarmStart(tuple(copied), tuple(remapped), tuple(fresh))
 
 
-def load_backbone(network: nn.Module, path: Path) -> int:
-    """Load torchvision's ImageNet MobileNetV2 into a detector's backbone.
-
-    Returns:
-        The number of tensors loaded: every one of the backbone's own layers.
-
-    Raises:
-        CheckpointError: the file cannot be read safely, or does not hold this backbone.
-    """
-    tensors = read_tensors(path)
-    features = getattr(network.backbone, "features", None)
-    if not isinstance(features, nn.Module):
-        raise CheckpointError(
-            f"{path}: loading ImageNet weights into this backbone is not supported yet",
-            "use --weights with a detector, or --weights none",
-        )
-    wanted = {n.removeprefix("features."): t.float() for n, t in tensors.items() if n.startswith("features.")}
-    try:
-        features.load_state_dict(wanted, strict=True)
-    except RuntimeError as error:
-        first = str(error).splitlines()
-        raise CheckpointError(
-            f"{path}: not the weights of this backbone ({' '.join(first[1:2]).strip() or first[0]})",
-            "torchvision's names for the same architecture are expected",
-        ) from None
-    return len(wanted)
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a state dict from safetensors or from a PyTorch file, never running code from it.
 
@@ -109,7 +85,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__})", "get the file again") from None
+        raise UnreadableFileError(f"{path}: cannot be read ({type(error).__name__})", "get the file again") from None
     except Exception as error:  # weights_only refuses with pickle.UnpicklingError among others
         raise CheckpointError(
             f"{path}: refused, it holds more than tensors ({type(error).__name__})",

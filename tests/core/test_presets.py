@@ -66,6 +66,43 @@ def test_the_paper_s_numbers(name, side):
     assert [m * steps for m in train.milestones] == pytest.approx([80_000, 100_000], rel=0.005)
 
 
+@pytest.mark.parametrize(
+    ("name", "side", "batch", "steps", "drops"),
+    [
+        ("refinedet320_resnet101", 320, 32, 400_000, (280_000, 360_000)),
+        ("refinedet512_resnet101", 512, 20, 540_000, (400_000, 480_000)),
+    ],
+)
+def test_the_official_resnets(name, side, batch, steps, drops):
+    preset = get_preset(name, VOC_CLASSES)
+    network, pixels, train = preset.detector.network, preset.detector.preprocess, preset.train
+    assert (network.backbone, network.tcb_channels, network.tcb_norm) == ("resnet101", 256, "batch")
+    assert (network.arm, network.tcb, network.head_blocks) == (True, True, True)
+    assert (network.stride_in, network.stem_pool) == ("1x1", "ceil")
+    assert preset.detector.anchors == paper_anchors()
+    assert (pixels.height, pixels.width, pixels.channel_order) == (side, side, "bgr")
+    # In RGB order: Caffe subtracts (104, 117, 123) from BGR.
+    assert (pixels.mean, pixels.std) == ((123.0, 117.0, 104.0), (1.0, 1.0, 1.0))
+    assert (train.optimizer, train.lr, train.momentum, train.weight_decay) == ("sgd", 1e-3, 0.9, 5e-4)
+    assert (train.batch, train.schedule, train.gamma, train.bias_lr) == (batch, "multistep", 0.1, 2.0)
+    assert (train.freeze_stages, train.freeze_norm) == (0, False)
+    # trainval35k has 118,287 pictures.
+    planned = train.epochs * (118_287 // batch)
+    assert planned == pytest.approx(steps, rel=0.005)
+    assert [m * planned for m in train.milestones] == pytest.approx(drops, rel=0.005)
+
+
+@pytest.mark.parametrize(("name", "head_blocks"), [("refinedet320_resnet18", False), ("refinedet320_resnet50", True)])
+def test_the_lighter_resnets_take_torchvision_s_weights(name, head_blocks):
+    detector = get_preset(name, VOC_CLASSES).detector
+    assert (detector.network.stride_in, detector.network.stem_pool) == ("3x3", "padded")
+    assert detector.network.head_blocks == head_blocks
+    pixels = detector.preprocess
+    assert pixels.channel_order == "rgb"
+    assert pixels.mean == pytest.approx([255 * m for m in (0.485, 0.456, 0.406)])
+    assert pixels.std == pytest.approx([255 * s for s in (0.229, 0.224, 0.225)])
+
+
 def test_the_official_augmentation_is_the_default():
     augment = TrainConfig().augment
     assert (augment.brightness, augment.contrast, augment.saturation, augment.hue) == (32.0, 0.5, 0.5, 36.0)

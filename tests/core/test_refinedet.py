@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,15 @@ from refinedet_cli.core.anchors import tile_anchors
 from refinedet_cli.core.backbones import StridedDepthwise
 from refinedet_cli.core.boxes import cxcywh_to_xyxy, decode
 from refinedet_cli.core.config import Classes, DetectorConfig, PreprocessConfig
-from refinedet_cli.core.layers import AnchorHead, L2Norm, TransferConnectionBlock, caffe_init
+from refinedet_cli.core.layers import (
+    AnchorHead,
+    L2Norm,
+    TransferConnectionBlock,
+    bottleneck,
+    caffe_init,
+    gaussian_init,
+    stride_in_1x1,
+)
 from refinedet_cli.core.postprocess import suppress
 from refinedet_cli.core.presets import VOC_CLASSES, get_preset, tiny
 from refinedet_cli.core.refinedet import Decoder, RawOutput, RefineDet, build
@@ -43,15 +52,8 @@ def images_of(*shape: int, seed: int = 0) -> Tensor:
 # Size.
 
 
-@pytest.mark.parametrize(("classes", "expected"), [(VOC_CLASSES, 34_440_884), (COCO_SIZED, 36_100_484)])
-@pytest.mark.parametrize("preset", ["refinedet320_vgg16", "refinedet512_vgg16"])
-def test_parameters_of_vgg16(preset, classes, expected):
-    network = on_meta(get_preset(preset, classes).detector)
-    assert sum(p.numel() for p in network.parameters()) == expected
-
-
-def count_macs(network: nn.Module, images: Tensor) -> dict[str, float]:
-    """Count multiply-adds of convolutions and deconvolutions, in billions, by top-level part."""
+def count_macs(network: nn.Module, images: Tensor) -> tuple[dict[str, float], RawOutput]:
+    """Count a picture's multiply-adds in convolutions and deconvolutions, in billions, by top-level part."""
     macs: dict[str, float] = {}
 
     def counter(part: str):
@@ -65,36 +67,55 @@ def count_macs(network: nn.Module, images: Tensor) -> dict[str, float]:
     for name, layer in network.named_modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             layer.register_forward_hook(counter(name.partition(".")[0]))
-    network(images)
-    return macs
+    raw = network(images)
+    return macs, raw
 
 
-@pytest.mark.parametrize(("preset", "expected"), [("refinedet320_vgg16", 37.77), ("refinedet512_vgg16", 96.70)])
-def test_multiplications_of_vgg16(preset, expected):
-    config = get_preset(preset, VOC_CLASSES).detector
-    side = config.preprocess.height
-    macs = count_macs(on_meta(config), torch.empty(1, 3, side, side, device="meta"))
-    assert sum(macs.values()) == pytest.approx(expected, abs=0.01)
-    if side == 320:
+# With 81 classes the ResNets have as many parameters as others published of them (VoVNet, arXiv:1904.09730).
+@pytest.mark.parametrize(
+    ("preset", "classes", "parameters", "billions"),
+    [
+        ("refinedet320_vgg16", VOC_CLASSES, 34_440_884, 37.77),
+        ("refinedet320_vgg16", COCO_SIZED, 36_100_484, 38.65),
+        ("refinedet512_vgg16", VOC_CLASSES, 34_440_884, 96.70),
+        ("refinedet320_resnet101", VOC_CLASSES, 75_815_348, 29.45),
+        ("refinedet320_resnet101", COCO_SIZED, 82_451_588, 32.98),
+        ("refinedet512_resnet101", COCO_SIZED, 82_451_588, 84.42),
+        ("refinedet320_resnet50", VOC_CLASSES, 56_823_220, 22.37),
+        ("refinedet320_resnet50", COCO_SIZED, 63_459_460, 25.89),
+        ("refinedet320_resnet18", VOC_CLASSES, 15_295_924, 5.05),
+        ("refinedet320_mobilenetv2", VOC_CLASSES, 7_436_916, 2.36),
+    ],
+)
+def test_sizes(preset, classes, parameters, billions):
+    config = get_preset(preset, classes).detector
+    network, side = on_meta(config), config.preprocess.height
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    macs, raw = count_macs(network, torch.empty(2, 3, side, side, device="meta"))
+    assert sum(macs.values()) == pytest.approx(billions, abs=0.01)
+    if (preset, classes) == ("refinedet320_vgg16", VOC_CLASSES):
         parts = {"backbone": 31.95, "tcb": 5.27, "arm": 0.19, "odm": 0.37}
         assert macs == {name: pytest.approx(value, abs=0.01) for name, value in parts.items()}
-
-
-@pytest.mark.parametrize(("preset", "anchors"), [("refinedet320_vgg16", 6375), ("refinedet320_mobilenetv2", 6375)])
-def test_output_shapes(preset, anchors):
-    config = get_preset(preset, VOC_CLASSES).detector
-    raw = on_meta(config)(torch.empty(2, 3, 320, 320, device="meta"))
-    assert [tuple(t.shape) for t in raw[:4]] == [(2, anchors, n) for n in (2, 4, 21, 4)]
-    assert raw.input_size == (320, 320)
+    anchors = {320: 6375, 512: 16320}[side]
+    assert [tuple(t.shape) for t in raw[:4]] == [(2, anchors, n) for n in (2, 4, classes.with_background, 4)]
+    assert raw.input_size == (side, side)
 
 
 @pytest.mark.parametrize(
-    ("backbone", "channels"), [("vgg16", (512, 512, 1024, 512)), ("mobilenet_v2", (192, 576, 1280, 256))]
+    ("backbone", "channels"),
+    [
+        ("vgg16", (512, 512, 1024, 512)),
+        ("mobilenet_v2", (192, 576, 1280, 256)),
+        ("resnet18", (128, 256, 512, 512)),
+        ("resnet50", (512, 1024, 2048, 512)),
+        ("resnet101", (512, 1024, 2048, 512)),
+    ],
 )
 def test_maps_of_the_backbones(backbone, channels):
     config = tiny(TWO).detector
     network = on_meta(replace(config, network=replace(config.network, backbone=backbone)))
-    maps = network.backbone(torch.empty(1, 3, 128, 192, device="meta"))
+    assert network.backbone.channels == channels
+    maps = network.backbone(torch.empty(2, 3, 128, 192, device="meta"))
     assert [tuple(m.shape[1:]) for m in maps] == [
         (c, 128 // s, 192 // s) for c, s in zip(channels, (8, 16, 32, 64), strict=True)
     ]
@@ -179,6 +200,112 @@ def test_vgg16_forward_by_hand():
         assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+class ResNetByHand:
+    """The official layers as functions of a state, batch normalisation by its running statistics."""
+
+    def __init__(self, state: dict[str, Tensor], stride_in: str) -> None:
+        self.state, self.stride_in = state, stride_in
+
+    def normalised(self, x: Tensor, norm: str) -> Tensor:
+        mean, variance, scale, shift = (
+            self.state[f"{norm}.{part}"].view(-1, 1, 1) for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (variance + 1e-5).sqrt() * scale + shift
+
+    def unit(self, x: Tensor, layer: str, norm: str, **how: int) -> Tensor:
+        return self.normalised(functional.conv2d(x, self.state[f"{layer}.weight"], **how), norm)
+
+    def block(self, x: Tensor, name: str, stride: int) -> Tensor:
+        skip = x
+        if f"{name}.downsample.0.weight" in self.state:
+            skip = self.unit(x, f"{name}.downsample.0", f"{name}.downsample.1", stride=stride)
+        if f"{name}.conv3.weight" not in self.state:
+            x = self.unit(x, f"{name}.conv1", f"{name}.bn1", stride=stride, padding=1).relu()
+            return (self.unit(x, f"{name}.conv2", f"{name}.bn2", padding=1) + skip).relu()
+        first, second = (stride, 1) if self.stride_in == "1x1" else (1, stride)
+        x = self.unit(x, f"{name}.conv1", f"{name}.bn1", stride=first).relu()
+        x = self.unit(x, f"{name}.conv2", f"{name}.bn2", stride=second, padding=1).relu()
+        return (self.unit(x, f"{name}.conv3", f"{name}.bn3") + skip).relu()
+
+    def sources(self, images: Tensor, depths: tuple[int, ...], stem_pool: str) -> list[Tensor]:
+        x = self.unit(images, "backbone.conv1", "backbone.bn1", stride=2, padding=3).relu()
+        # All are positive, so zeros outside are as good as nothing; Caffe's last window hangs over the far edges.
+        sides = (0, 1, 0, 1) if stem_pool == "ceil" else (1, 1, 1, 1)
+        x = functional.pad(x, sides).unfold(2, 3, 2).unfold(3, 3, 2).amax(dim=(-1, -2))
+        ends = []
+        for group, depth in enumerate(depths, start=1):
+            for i in range(depth):
+                x = self.block(x, f"backbone.layer{group}.{i}", 2 if group > 1 and i == 0 else 1)
+            ends.append(x)
+        return [*ends[1:], self.block(x, "backbone.res6", 2)]
+
+    def pyramid(self, sources: list[Tensor]) -> list[Tensor]:
+        maps: list[Tensor] = []
+        for level in (3, 2, 1, 0):
+            name = f"tcb.{level}"
+            x = self.unit(sources[level], f"{name}.first.0", f"{name}.first.1", padding=1).relu()
+            x = self.unit(x, f"{name}.second.0", f"{name}.second.1", padding=1)
+            if maps:
+                up = functional.conv_transpose2d(maps[0], self.state[f"{name}.up.0.weight"], stride=2)
+                x = x + self.normalised(up, f"{name}.up.1")
+            maps.insert(0, self.unit(x.relu(), f"{name}.last.0", f"{name}.last.1", padding=1).relu())
+        return maps
+
+
+def resnet_config(backbone: str, **changes: Any) -> DetectorConfig:
+    """The official arrangement, with a narrow pyramid."""
+    base = get_preset("refinedet320_resnet101", TWO).detector
+    return replace(base, network=replace(base.network, backbone=backbone, tcb_channels=32, **changes))
+
+
+@pytest.fixture(scope="module")
+def small_resnet() -> RefineDet:
+    """As drawn; nobody moves its weights."""
+    return seeded(resnet_config("resnet18"))
+
+
+def stir(network: nn.Module) -> None:
+    """Draw every tensor so that signals keep their size, and that no scale, shift or statistic can be left out."""
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in network.state_dict().items():
+        if tensor.ndim == 4:
+            tensor.normal_(0, tensor[0].numel() ** -0.5, generator=generator)
+        elif name.endswith(("running_var", "weight")):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        elif tensor.is_floating_point():
+            tensor.normal_(0, 0.1, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "depths", "changes"),
+    [
+        ("resnet50", (3, 4, 6, 3), {}),
+        ("resnet18", (2, 2, 2, 2), {"stride_in": "3x3", "stem_pool": "padded"}),
+        ("resnet18", (2, 2, 2, 2), {"head_blocks": False}),
+    ],
+    ids=["official", "torchvision's switches", "no head blocks"],
+)
+def test_resnet_forward_by_hand(backbone, depths, changes):
+    config = resnet_config(backbone, **changes)
+    network = seeded(config).eval()
+    images = images_of(1, 3, 64, 128)
+    with torch.no_grad():
+        # As drawn, every signal dies out, for the running statistics have seen nothing yet; it must stay a number.
+        assert all(bool(t.isfinite().all()) for t in network(images_of(1, 3, 64, 64) * 100)[:4])
+        stir(network)
+        raw, state = network(images), dict(network.state_dict())
+        hand = ResNetByHand(state, config.network.stride_in)
+        sources = hand.sources(images, depths, config.network.stem_pool)
+        pyramid = hand.pyramid(sources)
+        if config.network.head_blocks:
+            sources = [hand.block(features, f"arm_blocks.{i}", 1) for i, features in enumerate(sources)]
+            pyramid = [hand.block(features, f"odm_blocks.{i}", 1) for i, features in enumerate(pyramid)]
+        expected = (*head_by_hand(state, sources, "arm", 2), *head_by_hand(state, pyramid, "odm", 3))
+    for found, wanted in zip(raw[:4], expected, strict=True):
+        assert float(found.std()) > 0.1
+        assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_mobilenet_maps_are_those_of_torchvision():
     backbone = seeded(tiny(TWO).detector).backbone.eval()
     seen: dict[str, Tensor] = {}
@@ -250,6 +377,35 @@ def test_caffe_init_draws_by_fan_in():
         assert 0.98 * bound < float(layer.weight.detach().abs().max()) <= bound
         assert float(layer.weight.detach().var()) == pytest.approx(1 / fan_in, rel=0.1)
         assert not layer.bias.any()
+
+
+def test_gaussian_init_draws_alike_at_any_fan_in():
+    layers = nn.Sequential(nn.Conv2d(256, 12, 3), nn.Conv2d(16, 800, 1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        gaussian_init(layers)
+    for layer in layers:
+        assert float(layer.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
+        assert not layer.bias.any()
+
+
+def test_what_is_batch_normalised_is_drawn_from_a_gaussian_and_the_heads_are_not(small_resnet):
+    for name, layer in small_resnet.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            bound = (3 / layer.weight[0].numel()) ** 0.5
+            spread = bound / 3**0.5 if name.startswith(("arm.", "odm.")) else 0.01
+            assert float(layer.weight.detach().std()) == pytest.approx(spread, rel=0.1), name
+    other = seeded(tiny(TWO).detector)
+    assert float(other.tcb[0].first[0].weight.detach().std()) == pytest.approx((9 * 192) ** -0.5, rel=0.1)
+
+
+def test_bottlenecks_have_their_stride_where_they_are_told():
+    block = bottleneck(8, 4, stride=2)
+    assert [layer.stride for layer in (block.conv1, block.conv2, block.conv3)] == [(1, 1), (2, 2), (1, 1)]
+    stride_in_1x1(block)
+    assert [layer.stride for layer in (block.conv1, block.conv2, block.conv3)] == [(2, 2), (1, 1), (1, 1)]
+    assert block.downsample[0].stride == (2, 2)
+    assert tuple(block(images_of(2, 8, 6, 10)).shape) == (2, 16, 3, 5)
 
 
 def test_every_new_layer_is_drawn_so():
@@ -324,6 +480,31 @@ def test_switches_of_vgg16(arm, tcb):
     raw = network(torch.empty(1, 3, 64, 128, device="meta"))
     assert tuple(raw.odm_logits.shape) == (1, 510, 3)
     assert (raw.arm_logits is None) == (not arm)
+
+
+@pytest.mark.parametrize(("arm", "tcb"), SWITCHES)
+def test_head_blocks_read_what_the_heads_would(arm, tcb):
+    network = on_meta(resnet_config("resnet18", arm=arm, tcb=tcb))
+    parts = {n.partition(".")[0] for n, _ in network.named_parameters()}
+    expected = (
+        {"backbone", "odm", "odm_blocks"} | ({"arm", "arm_blocks"} if arm else set()) | ({"tcb"} if tcb else set())
+    )
+    assert parts == expected
+    sources = (128, 256, 512, 512)
+    assert [b.conv1.in_channels for b in network.odm_blocks] == ([32] * 4 if tcb else list(sources))
+    if arm:
+        assert [b.conv1.in_channels for b in network.arm_blocks] == list(sources)
+    assert all(head.in_channels == 1024 for head in network.odm.levels)
+    raw = network(torch.empty(2, 3, 64, 128, device="meta"))
+    assert tuple(raw.odm_logits.shape) == (2, 510, 3)
+
+
+def test_every_parameter_of_a_resnet_is_pulled(small_resnet):
+    sum(t.square().sum() for t in small_resnet.train()(images_of(2, 3, 128, 128))[:4]).backward()
+    for name, parameter in small_resnet.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.isfinite().all()), name
+        assert bool(parameter.grad.any()), name
 
 
 def test_rows_of_a_wide_input_belong_to_their_anchors():

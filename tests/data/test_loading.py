@@ -143,6 +143,24 @@ def test_sizes_follow_the_share_of_the_run():
     assert [{d.preprocess for d in step} for step in steps] == [{SMALL}] * 3 + [{SIZE}] * 3
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 12])
+def test_steps_take_the_place_of_epochs_and_may_end_within_one(steps):
+    asked = []
+
+    def sizes(done: float) -> PreprocessConfig:
+        asked.append(done)
+        return SIZE
+
+    plan = Plan(9, 3, 4, 0, sizes, steps=steps)
+    assert (plan.steps, plan.steps_per_epoch, plan.epochs) == (steps, 3, steps / 3)
+    taken = list(plan.batches(0))
+    assert asked == [i / steps for i in range(steps)]
+    # The pictures are those of the same steps of a run that is counted in epochs.
+    assert taken == list(Plan(9, 3, 4, 0, lambda done: SIZE).batches(0))[:steps]
+    for start in range(steps + 1):
+        assert list(plan.batches(start)) == taken[start:]
+
+
 # Samples.
 
 

@@ -12,12 +12,14 @@ from safetensors.torch import save_file
 from torchvision.models import mobilenet_v2
 
 from refinedet_cli.core.config import Classes, DetectorConfig, to_dict
-from refinedet_cli.core.presets import DEFAULT_PRESET, Preset, get_preset, tiny
+from refinedet_cli.core.presets import DEFAULT_PRESET, VOC_CLASSES, Preset, get_preset, tiny
 from refinedet_cli.core.refinedet import build
 from refinedet_cli.engine import start
+from refinedet_cli.engine.run_file import RunFile, read_run_file
 from refinedet_cli.engine.start import resolve_config, start_detector
 from refinedet_cli.errors import CheckpointError, ConfigError
-from refinedet_cli.zoo.checkpoint import save_checkpoint
+from refinedet_cli.zoo.backbone_weights import BackboneFile, find_backbone_weights
+from refinedet_cli.zoo.checkpoint import file_sha256, save_checkpoint
 
 TWO = Classes(names=("sofa", "dog"), category_ids=(1, 2))
 OTHERS = Classes(names=("zebra", "couch", "tvmonitor"), category_ids=(5, 6, 7))
@@ -29,9 +31,13 @@ def written(path: Path, text: str) -> Path:
 
 
 def resolve(
-    *settings: str, file: Path | None = None, preset: str | None = "tiny", weights: str | None = None
+    *settings: str,
+    file: Path | None = None,
+    preset: str | None = "tiny",
+    weights: str | None = None,
+    backbone: BackboneFile | None = None,
 ) -> Preset:
-    return resolve_config(TWO, preset, weights, file, settings)
+    return resolve_config(TWO, preset, weights, read_run_file(file), settings, backbone=backbone)
 
 
 def a_checkpoint(path: Path, classes: Classes = OTHERS, **network: object) -> Path:
@@ -114,7 +120,7 @@ def test_preset_of_the_weights(tmp_path):
     path = a_checkpoint(tmp_path / "w.safetensors")
     assert resolve(preset=None, weights=str(path)) == tiny(TWO)
     assert resolve(preset="refinedet320_vgg16", weights=str(path)).detector.preset == "refinedet320_vgg16"
-    assert resolve(preset=None, weights="none") == get_preset(DEFAULT_PRESET, TWO)
+    assert resolve(preset=None, weights="none").detector == get_preset(DEFAULT_PRESET, TWO).detector
     assert resolve(preset=None, weights=None) == get_preset(DEFAULT_PRESET, TWO)
     with pytest.raises(CheckpointError):
         resolve(preset=None, weights=str(tmp_path / "none.safetensors"))
@@ -140,8 +146,32 @@ def test_the_config_of_a_run_replays_it(tmp_path):
     assert resolve(file=file, preset="tiny") == first
     assert resolve("train.lr=0.5", file=file, preset=None).train == replace(first.train, lr=0.5)
     # On other data it keeps everything but the classes.
-    other = resolve_config(OTHERS, None, None, file, [])
+    other = resolve_config(OTHERS, None, None, read_run_file(file), [])
     assert other.detector == replace(first.detector, classes=OTHERS)
+
+
+CAFFE = BackboneFile(
+    path=Path("vgg.pth"), backbone="vgg16", layout="vgg16_reducedfc", tensors=30, mean=(1.0, 2.0, 3.0),
+    std=(4.0, 5.0, 6.0), channel_order="bgr", origin="vgg.pth", sha256="00",
+)  # fmt: skip
+
+
+def test_backbone_weights_bring_their_input_and_the_user_has_the_last_word(tmp_path):
+    base = tiny(TWO)
+    wanted = replace(base.detector.preprocess, mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0), channel_order="bgr")
+    assert resolve(backbone=CAFFE) == replace(base, detector=replace(base.detector, preprocess=wanted))
+    file = written(tmp_path / "run.toml", "[preprocess]\nmean = [7, 7, 7]\nwidth = 128\n")
+    by_file = resolve(file=file, backbone=CAFFE).detector.preprocess
+    assert by_file == replace(wanted, mean=(7.0, 7.0, 7.0), width=128)
+    both = resolve("preprocess.mean=[8,8,8]", "preprocess.channel_order=rgb", file=file, backbone=CAFFE)
+    assert both.detector.preprocess == replace(by_file, mean=(8.0, 8.0, 8.0), channel_order="rgb")
+
+
+def test_a_run_file_may_name_the_preset(tmp_path):
+    file = written(tmp_path / "run.toml", "[start]\npreset = 'refinedet320_vgg16'\n[train]\nlr = 0.5\n")
+    assert resolve(file=file, preset=None).detector.preset == "refinedet320_vgg16"
+    assert resolve(file=file, preset=None).train.lr == 0.5
+    assert resolve(file=file, preset="tiny").detector.preset == "tiny"
 
 
 # What does not fit.
@@ -215,7 +245,7 @@ def config_of(classes: Classes = TWO, **network: object) -> DetectorConfig:
 
 
 def begin(config: DetectorConfig, **how: object):
-    return start_detector(config, **{"weights": "none", "backbone_weights": None, "seed": 0, **how})
+    return start_detector(config, **{"weights": "none", "backbone": None, "seed": 0, **how})
 
 
 def test_random_weights_follow_the_seed_and_leave_the_global_generator():
@@ -293,21 +323,98 @@ def test_none_given_means_the_bundled_weights(tmp_path, monkeypatch):
     assert asked == [None]
 
 
+def imagenet(path: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        state = model.state_dict()
+        state = {n: torch.randn(t.shape) if t.is_floating_point() else t for n, t in state.items()}
+    save_file(state, path)
+    return state
+
+
 @pytest.mark.parametrize("weights", [None, "none"])
 def test_an_imagenet_backbone(tmp_path, weights):
     path = tmp_path / "imagenet.safetensors"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        state = mobilenet_v2(weights=None).state_dict()
-    save_file(state, path)
-    begun = begin(config_of(), weights=weights, backbone_weights=path)
+    state = imagenet(path, mobilenet_v2(weights=None))
+    file = find_backbone_weights(str(path), "mobilenet_v2")
+    config = resolve(backbone=file).detector
+    begun = begin(config, weights=weights, backbone=file)
     network = begun.detector.network.state_dict()
     assert torch.equal(network["backbone.features.0.0.weight"], state["features.0.0.weight"])
-    random = begin(config_of()).detector.network.state_dict()
+    random = begin(config).detector.network.state_dict()
     assert torch.equal(network["odm.levels.0.weight"], random["odm.levels.0.weight"])
-    assert begun.origin == {"backbone": "imagenet.safetensors"}
+    assert begun.origin == {
+        "backbone": {"file": path.name, "sha256": file_sha256(path), "layout": "torchvision_mobilenet_v2"}
+    }
+    assert begun.notes == (
+        f"start: backbone from {path} (312 tensors, 2 unused), the rest random",
+        "start: input RGB less 123.675, 116.28, 103.53, over 58.395, 57.12, 57.375, which these weights are made for",
+    )
 
 
-def test_two_kinds_of_weights_exclude_each_other(tmp_path):
+def test_the_origin_of_published_weights_is_kept(tmp_path, hub):
+    imagenet(tmp_path / "w", mobilenet_v2(weights=None))
+    commit = hub.put("org/repo", {"model.safetensors": (tmp_path / "w").read_bytes()})
+    begun = begin(config_of(), backbone=find_backbone_weights("org/repo", "mobilenet_v2"))
+    assert begun.origin["backbone"] == {
+        "repo": "org/repo",
+        "commit": commit,
+        "file": "model.safetensors",
+        "sha256": file_sha256(tmp_path / "w"),
+        "layout": "torchvision_mobilenet_v2",
+    }
+    assert begun.notes[0].startswith(f"start: backbone from org/repo at {commit[:8]}, model.safetensors (312 tensors")
+
+
+def test_another_input_than_the_weights_want_is_said(tmp_path):
+    imagenet(tmp_path / "w.safetensors", mobilenet_v2(weights=None))
+    file = find_backbone_weights(str(tmp_path / "w.safetensors"), "mobilenet_v2")
+    assert begin(config_of(), backbone=file).notes[1:] == (
+        "start: input RGB less 127.5, 127.5, 127.5, over 127.5, 127.5, 127.5, as set; weights of this kind are mostly "
+        "made for RGB less 123.675, 116.28, 103.53, over 58.395, 57.12, 57.375",
+    )
+
+
+def test_the_order_of_channels_that_is_a_guess_is_said(monkeypatch):
+    monkeypatch.setattr(start, "load_backbone", lambda network, file: 30)
+    config = resolve(backbone=CAFFE).detector
+    note = begin(config, backbone=CAFFE).notes[-1]
+    assert note.endswith("for RGB: --set preprocess.channel_order=rgb")
+    told = resolve("preprocess.channel_order=rgb", backbone=CAFFE).detector
+    assert begin(told, backbone=CAFFE).notes[-1].startswith("start: input RGB less 1, 2, 3, over 4, 5, 6, as set; ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "cure"),
+    [
+        ({"stride_in": "1x1"}, "--set network.stride_in=3x3"),
+        ({"stem_pool": "ceil"}, "--set network.stem_pool=padded"),
+        (
+            {"stride_in": "1x1", "stem_pool": "ceil"},
+            "--set network.stride_in=3x3 --set network.stem_pool=padded",
+        ),
+        ({}, None),
+    ],
+)
+def test_a_resnet_with_other_strides_than_its_weights_is_said(monkeypatch, settings, cure):
+    monkeypatch.setattr(start, "load_backbone", lambda network, file: 30)
+    file = replace(CAFFE, layout="resnet", channel_order="rgb")
+    notes = begin(resolve(backbone=file).detector, backbone=file).notes
+    assert len(notes) == 2  # strides of what is no ResNet do not matter
+    network = replace(config_of().network, backbone="resnet18", **settings)
+    notes = begin(replace(resolve(backbone=file).detector, network=network), backbone=file).notes
+    assert [n.partition("for the same network: ")[2] for n in notes[2:]] == ([] if cure is None else [cure])
+
+
+def test_two_kinds_of_weights_exclude_each_other():
     with pytest.raises(ConfigError, match="exclude each other"):
-        begin(config_of(), weights="x.safetensors", backbone_weights=tmp_path / "y.pth")
+        begin(config_of(), weights="x.safetensors", backbone=CAFFE)
+
+
+def test_random_weights_are_not_frozen_unless_asked():
+    def resolved(weights: str | None, *settings: str):
+        return resolve_config(VOC_CLASSES, "refinedet320_mobilenetv2", weights, RunFile(), settings).train
+
+    assert (resolved(None).freeze_stages, resolved(None).freeze_norm) == (2, True)
+    assert (resolved("none").freeze_stages, resolved("none").freeze_norm) == (0, False)
+    assert resolved("none", "train.freeze_stages=1").freeze_stages == 1

@@ -1,4 +1,4 @@
-"""Taking weights over: class outputs row by row, ImageNet backbones, and files that must not be trusted."""
+"""Taking weights over: class outputs row by row, and files that must not be trusted."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchvision.models import mobilenet_v2
 
 from refinedet_cli.core.config import Classes, DetectorConfig
-from refinedet_cli.core.presets import get_preset, tiny
+from refinedet_cli.core.presets import tiny
 from refinedet_cli.core.refinedet import RefineDet
 from refinedet_cli.errors import CheckpointError
-from refinedet_cli.zoo.warm_start import copy_detector, load_backbone, read_tensors
+from refinedet_cli.zoo.warm_start import copy_detector, read_tensors
 
 ANCHORS, LEVELS = 3, 4
 
@@ -117,73 +116,6 @@ def test_a_source_with_other_anchors_gives_all_but_its_heads():
     taken = copy_detector(network, TWENTY.state_dict(), {1: 1, 2: 2}, 3, 21)
     assert {n.partition(".")[0] for n in taken.fresh} == {"arm", "odm"}
     assert taken.remapped == ()
-
-
-# ImageNet backbones.
-
-
-def imagenet(seed: int = 5) -> dict[str, Tensor]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return clone(mobilenet_v2(weights=None))
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "pth"])
-def test_torchvision_s_backbone_is_taken_whole(tmp_path, kind):
-    state, path = imagenet(), tmp_path / f"weights.{kind}"
-    state["features.0.1.running_mean"] += 1
-    state["features.0.1.num_batches_tracked"] += 7
-    if kind == "safetensors":
-        save_file(state, path)
-    else:
-        torch.save(state, path)
-    network = network_of(config_of(2), seed=2)
-    before = clone(network)
-    count = load_backbone(network, path)
-    ours = {n.removeprefix("features."): t for n, t in state.items() if n.startswith("features.")}
-    assert count == len(ours)
-    for name, tensor in ours.items():
-        assert torch.equal(network.backbone.features.state_dict()[name], tensor), name
-    for name, tensor in network.state_dict().items():
-        if not name.startswith("backbone.features."):
-            assert torch.equal(tensor, before[name]), name
-
-
-def test_half_precision_weights_are_taken_as_float32(tmp_path):
-    path = tmp_path / "half.pth"
-    torch.save({n: t.half() if t.is_floating_point() else t for n, t in imagenet().items()}, path)
-    network = network_of(config_of(2), seed=2)
-    load_backbone(network, path)
-    weight = network.backbone.features[0][0].weight
-    assert weight.dtype == torch.float32
-    assert torch.equal(weight, imagenet()["features.0.0.weight"].half().float())
-
-
-@pytest.mark.parametrize("fault", ["missing", "surplus", "shape", "other names", "empty"])
-def test_weights_of_another_network_are_refused(tmp_path, fault):
-    state, path = imagenet(), tmp_path / "other.pth"
-    if fault == "missing":
-        del state["features.3.conv.0.0.weight"]
-    elif fault == "surplus":
-        state["features.19.weight"] = torch.zeros(2)
-    elif fault == "shape":
-        state["features.0.0.weight"] = torch.zeros(16, 3, 3, 3)
-    else:
-        state = {f"module.{n}": t for n, t in state.items()} if fault == "other names" else {}
-    torch.save(state, path)
-    with pytest.raises(CheckpointError, match="not the weights of this backbone") as caught:
-        load_backbone(network_of(config_of(2), seed=2), path)
-    assert str(path) in caught.value.message
-    assert "\n" not in caught.value.message
-
-
-def test_a_backbone_without_a_reader_says_so(tmp_path):
-    path = tmp_path / "vgg.pth"
-    torch.save(imagenet(), path)
-    with torch.device("meta"):
-        network = RefineDet(get_preset("refinedet320_vgg16", config_of(2).classes).detector)
-    with pytest.raises(CheckpointError, match="not supported yet"):
-        load_backbone(network, path)
 
 
 # Files.
