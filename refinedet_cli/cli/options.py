@@ -45,11 +45,13 @@ WeightsOpt = Annotated[
 ]
 # = None
 BackboneWeightsOpt = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--backbone-weights",
-        metavar="FILE",
-        help="ImageNet weights to start the backbone from, together with --weights none.",
+        metavar="imagenet|FILE|NAME",
+        help="Start from ImageNet weights of the backbone instead of a detector: imagenet downloads the published "
+        "ones once; or a file, or org/repo[@revision][:file] on the Hugging Face Hub.",
+        show_default=False,
         rich_help_panel=MODEL,
     ),
 ]
@@ -71,7 +73,7 @@ ConfigOpt = Annotated[
     typer.Option(
         "--config",
         metavar="FILE.toml",
-        help="Settings that override the preset.",
+        help="A run file: data, start, and settings that override the preset; or the config.json of a run.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -96,6 +98,17 @@ ScoreOpt = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+# = None
+MultiScaleOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--multi-scale",
+        metavar="voc|coco|FILE.toml",
+        help="Look at each picture in several sizes, mirrored too, and vote: slower by the factor that is said.",
+        show_default="one look",
+        rich_help_panel=MODEL,
+    ),
+]
 
 # Data ----------------------------------------------------------------------------------------------------------------
 
@@ -108,14 +121,15 @@ SourcesArg = Annotated[
         show_default=False,
     ),
 ]
-# required
+# = None
 DataOpt = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--data",
         metavar="DATA",
-        help="A COCO JSON, a folder with splits, a VOC root, a YOLO data.yaml or a known name. Repeat to join several.",
-        show_default=False,
+        help="A COCO JSON, a folder with splits, a VOC folder, a YOLO data.yaml, or coco, voc2007, voc2012; "
+        "DATA:PART takes that part, as voc2007:trainval. Repeat to join several.",
+        show_default="that of --config",
         rich_help_panel=DATA,
     ),
 ]
@@ -125,7 +139,8 @@ DatasetOpt = Annotated[
     typer.Option(
         "--dataset",
         metavar="DATA",
-        help="A COCO JSON, a folder with splits, a VOC root, a YOLO data.yaml or a known name.",
+        help="A COCO JSON, a folder with splits, a VOC folder, a YOLO data.yaml, or coco, voc2007, voc2012; "
+        "DATA:PART takes that part, as coco:val2014.",
         show_default=False,
         rich_help_panel=DATA,
     ),
@@ -136,7 +151,7 @@ ValOpt = Annotated[
     typer.Option(
         "--val",
         metavar="DATA",
-        help="Data to validate on.",
+        help="Data to validate on; none trains on everything and validates nothing.",
         show_default="that of --data, or 15 % of it held out",
         rich_help_panel=DATA,
     ),
@@ -152,10 +167,21 @@ ImagesOpt = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+# = None
+RootOpt = Annotated[
+    Path | None,
+    typer.Option(
+        "--root",
+        metavar="DIR",
+        help="Folder in which coco, voc2007 and voc2012 are looked up.",
+        show_default="$REFINEDET_DATA, or ./datasets",
+        rich_help_panel=DATA,
+    ),
+]
 # = "val"
 SplitOpt = Annotated[
     SplitName,
-    typer.Option("--split", help="Which part of the data.", rich_help_panel=DATA),
+    typer.Option("--split", help="Which part of the data, unless DATA:PART names it.", rich_help_panel=DATA),
 ]
 
 # Runtime -------------------------------------------------------------------------------------------------------------

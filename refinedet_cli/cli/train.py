@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from refinedet_cli.cli.options import (
+    MODEL,
     OUTPUT,
     RUNTIME,
     BackboneWeightsOpt,
@@ -22,10 +24,10 @@ from refinedet_cli.cli.options import (
     DeviceOpt,
     ImagesOpt,
     JsonOpt,
-    OutOpt,
     PrecisionOpt,
     PresetOpt,
     QuietOpt,
+    RootOpt,
     SeedOpt,
     SetOpt,
     ValOpt,
@@ -33,21 +35,43 @@ from refinedet_cli.cli.options import (
     WorkersOpt,
 )
 from refinedet_cli.cli.output import Bars, Output
+from refinedet_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from refinedet_cli.engine.dry_run import Forecast
     from refinedet_cli.engine.train import EvaluationReport, Report, StepReport, TrainResult
 
 
 def train(
-    data: DataOpt,
-    out: OutOpt,
+    data: DataOpt = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Folder of the run; only --dry-run needs none.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     val: ValOpt = None,
     images: ImagesOpt = None,
+    root: RootOpt = None,
     weights: WeightsOpt = None,
     backbone_weights: BackboneWeightsOpt = None,
     preset: PresetOpt = None,
     config: ConfigOpt = None,
     settings: SetOpt = None,
+    anchors: Annotated[
+        Path | None,
+        typer.Option(
+            "--anchors",
+            metavar="FILE.toml",
+            help="Anchors that refinedet anchors wrote; they override those of --config.",
+            show_default="those of the config",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     epochs: Annotated[
         int | None,
         typer.Option(
@@ -92,29 +116,48 @@ def train(
         bool,
         typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel=OUTPUT),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Measure a few steps, say what the run would take, and write nothing.",
+            rich_help_panel=RUNTIME,
+        ),
+    ] = False,
     json: JsonOpt = False,
     quiet: QuietOpt = False,
 ) -> None:
     """Train a detector on your own pictures.
 
     It starts from the bundled detector unless told otherwise, so that a few hundred pictures and no network are enough.
+    A run file given with --config may name data, start and settings; examples/recipes holds those of the paper.
     The folder receives best.safetensors and last.safetensors for detect, eval and export, the resolved config.json,
     log.csv, metrics.csv, and what --resume needs.
     """
     from refinedet_cli.engine import training_session
+    from refinedet_cli.engine.anchor_file import read_anchor_file
 
+    if out is None and not dry_run:
+        raise UsageError("--out is missing", "name a folder for the run; only --dry-run needs none")
     output = Output(json=json, quiet=quiet)
-    overrides = {"epochs": epochs, "batch": batch, "precision": precision, "seed": seed}
+    # Epochs asked for by name take the place of steps that a run file asks for.
+    overrides = {"epochs": epochs, "steps": epochs and 0, "batch": batch, "precision": precision, "seed": seed}
+    fitted = None if anchors is None else read_anchor_file(anchors)
     session = training_session.prepare(
-        data=data,
+        data=data or [],
         val=val,
         images=images,
+        root=root,
         out=out,
         weights=weights,
         backbone_weights=backbone_weights,
         preset=preset,
         config=config,
-        settings=[*(settings or []), *(f"train.{k}={v}" for k, v in overrides.items() if v is not None)],
+        settings=[
+            *(fitted.settings if fitted else []),
+            *(settings or []),
+            *(f"train.{k}={v}" for k, v in overrides.items() if v is not None),
+        ],
         device=device,
         workers=workers,
         cache=cache,
@@ -123,6 +166,14 @@ def train(
     )
     for note in session.notes:
         output.note(note)
+    mismatch = fitted and fitted.mismatch(session.preset.detector)
+    if mismatch:
+        output.warn(mismatch)
+    if out is None or dry_run:
+        output.note("measuring a few steps")
+        forecast = session.forecast()
+        output.result({"dry_run": forecast, "config": session.settings}, _forecast_table(forecast))
+        return
     with output.progress("train") as bars, _Stop(stop_after * 60) as stop:
         result = session.run(_Reporter(output, bars), stop.wanted)
     if stop.interrupted and not result.finished:
@@ -212,6 +263,54 @@ def _tables(result: TrainResult, out: Path) -> list[Table | str]:
         _number(result.best),
     )
     return [table, f"weights: {out / 'best.safetensors' if result.best is not None else out / 'last.safetensors'}"]
+
+
+def _forecast_table(forecast: Forecast) -> Table:
+    table = Table(title="Dry run: nothing is written", show_header=False)
+    table.add_column("what")
+    table.add_column("figure")
+    for what, figure in _forecast_rows(forecast):
+        table.add_row(what, figure)
+    return table
+
+
+def _forecast_rows(forecast: Forecast) -> Iterator[tuple[str, str]]:
+    height, width = forecast.input_size
+    yield "training data", f"{forecast.pictures:,} pictures, {forecast.objects:,} objects, {forecast.classes} classes"
+    validation = forecast.validation_pictures
+    yield "validation data", "none" if validation is None else f"{validation:,} pictures"
+    yield "input", f"{height} x {width}, batch {forecast.batch}"
+    yield "parameters", f"{forecast.parameters:,}, of which {forecast.trainable:,} are trained"
+    yield "length", f"{forecast.steps:,} steps, {forecast.epochs:.1f} epochs"
+    drops = ", ".join(f"{step:,}" for step in forecast.milestones)
+    yield "learning rate", f"{forecast.lr:g}" + (f", lower after {drops} steps" if drops else "")
+    yield (
+        "a step",
+        f"{forecast.step_seconds:.3g} s (median of {forecast.measured_steps}); "
+        f"reading a batch takes one process {forecast.loading_seconds:.3g} s of it",
+    )
+    yield "training", f"{_hours(forecast.training_hours)}, without evaluation"
+    if forecast.evaluation_hours is not None:
+        yield (
+            "with evaluation",
+            f"{_hours(forecast.training_hours + forecast.evaluation_hours)}, "
+            f"scoring the validation data {_times(forecast.evaluations)}",
+        )
+    if forecast.memory_bytes is not None:
+        yield "memory", f"{_size(forecast.memory_bytes)} at most, of {forecast.memory_of}"
+    yield "on disk", f"{_size(forecast.checkpoint_bytes)} a weights file, {_size(forecast.state_bytes)} resume state"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _document(result: TrainResult, out: Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -284,6 +284,7 @@ class TrainConfig:
         backbone_lr: factor on ``lr`` for the backbone.
         bias_lr: factor on ``lr`` for biases, which are never decayed.
         weight_decay: decay of weights that are not biases or normalisation parameters.
+        decay_norm: decay normalisation parameters too, as the official ResNet code does.
         warmup_steps: steps over which the rate rises from near 0 to ``lr``.
         schedule: "cosine" to ``lr * final_lr``, or "multistep" by ``gamma`` at ``milestones``.
         milestones: where the rate drops, as fractions of the run.
@@ -306,6 +307,7 @@ class TrainConfig:
     backbone_lr: float = 1.0
     bias_lr: float = 2.0
     weight_decay: float = 5e-4
+    decay_norm: bool = False
     warmup_steps: int = 500
     schedule: Literal["cosine", "multistep"] = "cosine"
     final_lr: float = 0.01

@@ -107,7 +107,7 @@ def refinedet320_resnet101(classes: Classes) -> Preset:
             anchors=paper_anchors(),
             preprocess=PreprocessConfig(channel_order="bgr"),
         ),
-        train=TrainConfig(epochs=108, schedule="multistep", milestones=(0.7, 0.9), freeze_norm=False),
+        train=TrainConfig(epochs=108, schedule="multistep", milestones=(0.7, 0.9), freeze_norm=False, decay_norm=True),
     )
 
 

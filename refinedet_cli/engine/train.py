@@ -6,9 +6,9 @@ import copy
 import csv
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from refinedet_cli import __version__
-from refinedet_cli.core.config import PreprocessConfig, TrainConfig, to_dict
+from refinedet_cli.core.config import DetectorConfig, PreprocessConfig, TrainConfig, from_dict, to_dict
 from refinedet_cli.core.detector import Detector
 from refinedet_cli.core.structures import LossParts
 from refinedet_cli.data.dataset import Dataset
@@ -33,9 +33,11 @@ from refinedet_cli.zoo.checkpoint import LoadedDetector, save_checkpoint
 STATE_FILE = "state.pt"
 LAST_FILE = "last.safetensors"
 BEST_FILE = "best.safetensors"
+CONFIG_FILE = "config.json"
 LOG_FILE = "log.csv"
 METRICS_FILE = "metrics.csv"
 SAVE_EVERY_SECONDS = 300.0
+REPORT_EVERY_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class RunOptions:
         resume: go on from the folder's state.
         should_stop: asked after every step; if it says so, the run saves its state and stops, to be resumed.
         provenance: plain data for the checkpoints.
+        record: what config.json says beyond the settings, plain data.
     """
 
     out: Path
@@ -111,6 +114,7 @@ class RunOptions:
     resume: bool
     should_stop: Callable[[], bool]
     provenance: Mapping[str, Any]
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,21 @@ class TrainResult:
     pictures: int
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a few real steps cost.
+
+    Attributes:
+        seconds: of each step, in order; the first holds the start of the workers too.
+        weights_bytes: of a checkpoint's tensors.
+        state_bytes: of the resume state's tensors.
+    """
+
+    seconds: tuple[float, ...]
+    weights_bytes: int
+    state_bytes: int
+
+
 class Average:
     """Running average of weights; the early steps weigh more, so that a short run is not held at its random start."""
 
@@ -149,6 +168,18 @@ class Average:
         torch._foreach_lerp_([self.tensors[n] for n in floating], [raw[n] for n in floating], 1 - decay)
         for name in self.tensors.keys() - set(floating):
             self.tensors[name].copy_(raw[name])
+
+
+def milestone_steps(config: TrainConfig, steps: int) -> tuple[int, ...]:
+    """Compute where the rate drops, in steps done.
+
+    Returns:
+        for a multistep schedule the first step at or after each fraction of the run; a fraction that is meant to be a
+        whole number of steps (2/3 of 120,000) gives exactly that, however it was rounded. Empty for other schedules.
+    """
+    if config.schedule != "multistep":
+        return ()
+    return tuple(math.ceil(fraction * steps - 1e-6) for fraction in config.milestones)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -168,12 +199,12 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, steps - warmup)
     if config.schedule == "multistep":
-        return config.gamma ** sum(step / steps >= m for m in config.milestones)
+        return config.gamma ** sum(step >= milestone for milestone in milestone_steps(config, steps))
     return config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Group parameters by part and kind: biases and normalisation are not decayed, biases get ``bias_lr``.
+    """Group parameters by part and kind: biases are not decayed and get ``bias_lr``, normalisation has its own rule.
 
     The backbone, for ``backbone_lr``, is what its stages hold. Frozen parameters are left out. Each group's ``lr`` is
     multiplied by `learning_rate` at every step.
@@ -186,18 +217,18 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
     }
     backbone: Any = network.backbone
     pretrained = {id(p) for stage in backbone.stages() for p in stage.parameters()}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by rate and decay
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
         factor = config.backbone_lr if id(parameter) in pretrained else 1.0
         is_norm, is_bias = id(parameter) in norms, name.endswith("bias")
-        key = (factor * (config.bias_lr if is_bias and not is_norm else 1.0), float(not (is_norm or is_bias)))
-        groups.setdefault(key, []).append(parameter)
+        rate = config.lr * factor * (config.bias_lr if is_bias and not is_norm else 1.0)
+        decays = config.decay_norm if is_norm else not is_bias
+        groups.setdefault((rate, config.weight_decay if decays else 0.0), []).append(parameter)
     described = [
-        {"params": parameters, "lr": config.lr * rate, "base_lr": config.lr * rate, "weight_decay": decays}
+        {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
         for (rate, decay), parameters in groups.items()
-        for decays in [config.weight_decay * decay]
     ]
     if config.optimizer == "adamw":
         return torch.optim.AdamW(described)
@@ -230,6 +261,12 @@ def input_sizes(preprocess: PreprocessConfig, config: TrainConfig) -> Callable[[
     return at
 
 
+def make_plan(pictures: int, preprocess: PreprocessConfig, config: TrainConfig) -> Plan:
+    """Lay out the steps of a run over so many pictures."""
+    sizes = input_sizes(preprocess, config)
+    return Plan(pictures, config.batch, config.epochs, config.seed, sizes, steps=config.steps)
+
+
 def train(
     detector: Detector,
     data: Dataset,
@@ -259,6 +296,37 @@ def train(
     return _Run(detector, data, validation, config, options, on_progress).run()
 
 
+def rehearse(
+    detector: Detector,
+    data: Dataset,
+    config: TrainConfig,
+    options: RunOptions,
+    enough: Callable[[Sequence[float]], bool],
+) -> Rehearsal:
+    """Take a few steps as `train` would, loading included, and write nothing.
+
+    Args:
+        detector: its network is changed in place.
+        data: training pictures.
+        config: the recipe; its rate and schedule do not count.
+        options: where and how to run; ``out``, ``resume`` and ``should_stop`` do not count.
+        enough: given the seconds of the steps so far, tells whether to stop before the plan ends.
+
+    Raises:
+        GateError: the loss is not finite.
+        DataError: a picture cannot be read.
+    """
+    return _Run(detector, data, None, config, options, _ignore).rehearse(enough)
+
+
+def _ignore(report: Report) -> None:
+    """Take no notice of progress."""
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 class _Run:
     """The moving parts of one call of `train`."""
 
@@ -279,13 +347,7 @@ class _Run:
         self.average = Average(self.network, config.ema_decay)
         self.settings = {"detector": to_dict(detector.config), "train": to_dict(config)}
         self.samples = TrainingSet(data, config.augment, config.seed)
-        self.plan = Plan(
-            len(data.records),
-            config.batch,
-            config.epochs,
-            config.seed,
-            input_sizes(detector.config.preprocess, config),
-        )
+        self.plan = make_plan(len(data.records), detector.config.preprocess, config)
         self.step = 0
         self.best: float | None = None
         self.result: CocoResult | None = None
@@ -298,7 +360,7 @@ class _Run:
             self._resume(load_state(out / STATE_FILE))
         else:
             self.log.restart()
-        write_json(out / "config.json", self.settings)
+        write_json(out / CONFIG_FILE, {**self.settings, **self.options.record})
         if self.options.cache:
             self._fill_cache()
         start = saved = time.monotonic()
@@ -326,6 +388,13 @@ class _Run:
 
     def _train_step(self, batch: Batch) -> None:
         factor = learning_rate(self.config, self.step, self.plan.steps)
+        loss, norm, size = self._optimise(batch, factor)
+        lr = self.config.lr * factor
+        report = self.log.add(loss, norm, batch, step=self.step, plan=self.plan, lr=lr, size=size)
+        if report is not None:
+            self.on_progress(report)
+
+    def _optimise(self, batch: Batch, factor: float) -> tuple[LossParts, Tensor, torch.Size]:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         device = self.options.device
@@ -345,21 +414,37 @@ class _Run:
         self.step += 1
         if self.config.ema_decay:
             self.average.update(self.network, self.step)
-        report = self.log.add(
-            loss, norm, batch, step=self.step, plan=self.plan, lr=self.config.lr * factor, size=images.shape[2:]
-        )
-        if report is not None:
-            self.on_progress(report)
+        return loss, norm, images.shape[2:]
+
+    def rehearse(self, enough: Callable[[Sequence[float]], bool]) -> Rehearsal:
+        if self.options.cache:
+            self._fill_cache()
+        seconds: list[float] = []
+        since = time.perf_counter()
+        for batch in self._batches():
+            # A rate so small that no step can diverge for want of the warm-up; a step costs the same at any rate.
+            self._optimise(batch, 1e-6)
+            if self.options.device.type == "cuda":
+                torch.cuda.synchronize(self.options.device)
+            now = time.perf_counter()
+            seconds.append(now - since)
+            since = now
+            if enough(seconds):
+                break
+        slots = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        weights, average = (_bytes(tensors.values()) for tensors in (self.network.state_dict(), self.average.tensors))
+        return Rehearsal(tuple(seconds), weights, weights + average + _bytes(slots))
 
     def _refuse_non_finite(self, what: str, value: Tensor, loss: LossParts, batch: Batch) -> None:
         if bool(value.isfinite()):
             return
         pictures = ", ".join(self.data.records[i].file_name for i in batch.indices[:4])
         terms = ", ".join(f"{name} {float(value):.4g}" for name, value in loss.parts.items())
+        state = self.options.out / STATE_FILE
         raise GateError(
             f"the {what} is not finite at step {self.step + 1} ({terms}; first pictures: {pictures})",
-            f"lower train.lr (now {self.config.lr}) or lengthen train.warmup_steps; the state of before is in "
-            f"{self.options.out / STATE_FILE}",
+            f"lower train.lr (now {self.config.lr}) or lengthen train.warmup_steps"
+            + (f"; the state of before is in {state}" if state.is_file() else ""),
         )
 
     def _is_evaluation_step(self) -> bool:
@@ -421,10 +506,11 @@ class _Run:
         save_checkpoint(self.options.out / name, self.detector.config, self._weights(), provenance)
 
     def _resume(self, state: RunState) -> None:
-        if state.settings != self.settings:
+        before = _with_defaults(state.settings)
+        if before != self.settings:
             raise ConfigError(
                 f"the run in {self.options.out} was started with other settings: "
-                f"{_first_difference(state.settings, self.settings)}",
+                f"{_first_difference(before, self.settings)}",
                 "give the same options to resume it, or start a new run from its last.safetensors with --weights",
             )
         if state.data != self.data.fingerprint:
@@ -451,8 +537,6 @@ class _Run:
 
 class _Log:
     """Averages of the steps since the last report, and the run's CSV files."""
-
-    every_seconds = 2.0
 
     def __init__(self, out: Path) -> None:
         self.steps, self.metrics = out / LOG_FILE, out / METRICS_FILE
@@ -482,7 +566,7 @@ class _Log:
         self._count += 1
         self._pictures += len(batch.indices)
         elapsed = time.monotonic() - self._since
-        if elapsed < self.every_seconds and step < plan.steps:
+        if elapsed < REPORT_EVERY_SECONDS and step < plan.steps:
             return None
         means = {name: float(value) / self._count for name, value in self._sums.items()}
         report = StepReport(
@@ -523,6 +607,14 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
         if new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the settings that are newer than a run at their defaults, which are what it did."""
+    return {
+        "detector": to_dict(from_dict(DetectorConfig, settings["detector"])),
+        "train": to_dict(from_dict(TrainConfig, settings["train"], where="train")),
+    }
 
 
 def _first_difference(old: Any, new: Any, where: str = "") -> str:

@@ -13,11 +13,15 @@ from refinedet_cli.core.presets import Preset
 from refinedet_cli.data.dataset import Dataset, join, remap
 from refinedet_cli.data.source import find_splits, hold_out, open_dataset
 from refinedet_cli.engine.device import DeviceName, describe_device, select_device, select_precision
-from refinedet_cli.engine.start import Start, resolve_config, start_detector
-from refinedet_cli.engine.train import LAST_FILE, STATE_FILE, Report, RunOptions, TrainResult, train
-from refinedet_cli.errors import DataError, UsageError
+from refinedet_cli.engine.dry_run import Forecast, forecast
+from refinedet_cli.engine.run_file import RunFile, read_run_file, relative_to_run
+from refinedet_cli.engine.start import NO_WEIGHTS, Start, resolve_config, start_detector
+from refinedet_cli.engine.train import LAST_FILE, STATE_FILE, Report, RunOptions, TrainResult, make_plan, train
+from refinedet_cli.errors import ConfigError, DataError, UsageError
+from refinedet_cli.zoo.backbone_weights import BackboneFile, find_backbone_weights
 
 HELD_OUT = 0.15
+NO_VALIDATION = "none"
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,10 @@ class TrainingSession:
     Attributes:
         preset: the resolved detector and recipe.
         start: the detector with its starting weights.
-        data, validation: the pictures.
+        data, validation: the pictures; validation is None where nothing is to be validated.
         options: where and how to run.
         notes: what a user should know before it begins, one line each.
+        has_folder: whether there is a folder to write to; without one there is only `forecast`.
     """
 
     preset: Preset
@@ -38,16 +43,57 @@ class TrainingSession:
     validation: Dataset | None
     options: RunOptions
     notes: tuple[str, ...]
+    has_folder: bool
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The resolved config as plain data."""
-        return {"detector": to_dict(self.preset.detector), "train": to_dict(self.preset.train)}
+        """The resolved config, data and start as plain data, enough to replay the run."""
+        settings = {"detector": to_dict(self.preset.detector), "train": to_dict(self.preset.train)}
+        return {**settings, **self.options.record}
 
     def run(self, on_progress: Callable[[Report], None], should_stop: Callable[[], bool]) -> TrainResult:
-        """Train until the end, or until ``should_stop``, which is asked after every step."""
+        """Train until the end, or until ``should_stop``, which is asked after every step.
+
+        Raises:
+            ValueError: the session was prepared without a folder.
+        """
+        if not self.has_folder:
+            raise ValueError("a session without a folder can only be forecast")
         options = replace(self.options, should_stop=should_stop)
         return train(self.start.detector, self.data, self.validation, self.preset.train, options, on_progress)
+
+    def forecast(self) -> Forecast:
+        """Measure a few steps and say what the run would take; nothing is written, the start stays as it is."""
+        return forecast(self.start.detector, self.data, self.validation, self.preset.train, self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """What the options and the run file ask for together; options win."""
+
+    data: tuple[str, ...]
+    val: tuple[str, ...]
+    images: Path | None
+    root: Path | None
+    weights: str | None
+    backbone_weights: str | None
+
+    def record(self, out: Path) -> dict[str, Any]:
+        """Write it as the tables of a run file in the run's folder."""
+
+        def place(value: str | Path | None) -> str | None:
+            return None if value is None else relative_to_run(str(value), out)
+
+        data = {
+            "train": [place(source) for source in self.data],
+            "val": [place(source) for source in self.val],
+            "images": place(self.images),
+            "root": place(self.root),
+        }
+        return {
+            "data": data,
+            "start": {"weights": place(self.weights), "backbone_weights": place(self.backbone_weights)},
+        }
 
 
 def prepare(
@@ -55,9 +101,10 @@ def prepare(
     data: Sequence[str],
     val: str | None,
     images: Path | None,
-    out: Path,
+    root: Path | None,
+    out: Path | None,
     weights: str | None,
-    backbone_weights: Path | None,
+    backbone_weights: str | None,
     preset: str | None,
     config: Path | None,
     settings: Sequence[str],
@@ -69,39 +116,38 @@ def prepare(
 ) -> TrainingSession:
     """Check everything that can be checked before the first step.
 
+    Options win over the run file ``config``. ``weights`` and ``backbone_weights`` are one choice: giving either leaves
+    out both of the run file. ``val`` may be "none": then nothing is held out and nothing validated. Without ``out`` the
+    session can only be forecast.
+
     Raises:
-        UsageError: ``out`` holds a run already and neither ``resume`` nor ``overwrite`` says what to do with it.
+        UsageError: ``out`` holds a run already and neither ``resume`` nor ``overwrite`` says what to do with it, or
+            nothing names the data.
         ConfigError, DataError, CheckpointError, DeviceError: as the parts raise them.
     """
-    _check_folder(out, resume=resume, overwrite=overwrite)
-    training, validation = _open(data, val, images)
-    notes: list[str] = []
+    if out is not None:
+        _check_folder(out, resume=resume, overwrite=overwrite)
+    run_file = read_run_file(config)
+    wanted = _choose(run_file, data, val, images, root, weights, backbone_weights)
+    training = join([open_dataset(s, split="train", images=wanted.images, root=wanted.root) for s in wanted.data])
     if not any(len(r.boxes) for r in training.records):
         raise DataError(f"{training.name}: no picture has an object to learn", "check the annotations")
-    resolved = resolve_config(training.classes, preset, None if backbone_weights else weights, config, settings)
-    if validation is None:
-        training, validation = hold_out(training, fraction=HELD_OUT, seed=resolved.train.seed)
-        notes.append(f"validation: {len(validation.records)} pictures held out of {training.name}")
-    else:
-        validation = remap(validation, training.classes)
-        notes.append(f"validation: {validation.name}, {len(validation.records)} pictures")
+    resolved, backbone = _resolve(training, preset, wanted, run_file, settings)
+    training, validation, validation_note = _part(training, wanted, resolved.train.seed)
     where = select_device(device)
     precision = select_precision(resolved.train.precision, where)
-    start = start_detector(
-        resolved.detector, weights=weights, backbone_weights=backbone_weights, seed=resolved.train.seed
-    )
-    height, width = resolved.detector.preprocess.height, resolved.detector.preprocess.width
+    start = start_detector(resolved.detector, weights=wanted.weights, backbone=backbone, seed=resolved.train.seed)
     notes = [
         f"train: {training.name}, {len(training.records)} pictures, {training.objects} objects, "
         f"{len(training.classes)} classes",
-        *notes,
+        validation_note,
         *training.notes,
         *start.notes,
-        f"run: preset {resolved.detector.preset} at {height} x {width}, {resolved.train.epochs} epochs of batch "
-        f"{min(resolved.train.batch, len(training.records))}, {describe_device(where)}, {precision}",
+        f"run: {_run_line(resolved, len(training.records))}, {describe_device(where)}, {precision}",
     ]
+    folder = out or Path()
     options = RunOptions(
-        out=out,
+        out=folder,
         device=where,
         precision=precision,
         workers=max(0, (os.cpu_count() or 1) - 1) if workers is None else workers,
@@ -109,8 +155,9 @@ def prepare(
         resume=resume,
         should_stop=never,
         provenance={"preset": resolved.detector.preset, "start": start.origin, "seed": resolved.train.seed},
+        record=wanted.record(folder),
     )
-    return TrainingSession(resolved, start, training, validation, options, tuple(notes))
+    return TrainingSession(resolved, start, training, validation, options, tuple(notes), out is not None)
 
 
 def never() -> bool:
@@ -126,13 +173,68 @@ def _check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
         raise UsageError(f"--out {out} holds a run already", "go on with --resume, replace it with --overwrite")
 
 
-def _open(data: Sequence[str], val: str | None, images: Path | None) -> tuple[Dataset, Dataset | None]:
-    """Open training and validation data; None where a part has to be held out."""
-    training = join([open_dataset(source, split="train", images=images) for source in data])
-    if val is not None:
-        return training, open_dataset(val, split="val", images=images)
-    parts = [open_dataset(s, split="val", images=images) for s in data if "val" in find_splits(s)]
-    return training, join(parts) if parts else None
+def _choose(
+    run_file: RunFile,
+    data: Sequence[str],
+    val: str | None,
+    images: Path | None,
+    root: Path | None,
+    weights: str | None,
+    backbone_weights: str | None,
+) -> _Wanted:
+    if not data and not run_file.data:
+        where = "" if run_file.path is None else f", and {run_file.path} names none"
+        raise UsageError(f"there is no data to train on: --data is missing{where}", "name it with --data")
+    if weights is None and backbone_weights is None:
+        weights, backbone_weights = run_file.weights, run_file.backbone_weights
+    # Other training data than the run file's is not validated on, or read with, what belongs to the run file's.
+    own = run_file if not data else replace(run_file, val=(), images=None)
+    return _Wanted(
+        data=tuple(data) or run_file.data,
+        val=own.val if val is None else (val,),
+        images=images or own.images,
+        root=root or run_file.root,
+        weights=weights,
+        backbone_weights=backbone_weights,
+    )
+
+
+def _resolve(
+    data: Dataset, preset: str | None, wanted: _Wanted, run_file: RunFile, settings: Sequence[str]
+) -> tuple[Preset, BackboneFile | None]:
+    """Resolve the config, with the input normalisation of the backbone weights where there are some."""
+    if wanted.backbone_weights is None:
+        return resolve_config(data.classes, preset, wanted.weights, run_file, settings), None
+    if wanted.weights not in (None, NO_WEIGHTS):
+        raise ConfigError("--weights and --backbone-weights exclude each other", "give one of them")
+    # Which file a name such as "imagenet" stands for depends on the backbone, which the config names.
+    first = resolve_config(data.classes, preset, NO_WEIGHTS, run_file, settings)
+    backbone = find_backbone_weights(wanted.backbone_weights, first.detector.network.backbone)
+    return resolve_config(data.classes, preset, NO_WEIGHTS, run_file, settings, backbone=backbone), backbone
+
+
+def _part(training: Dataset, wanted: _Wanted, seed: int) -> tuple[Dataset, Dataset | None, str]:
+    """Find the validation pictures: those named, those the data has of its own, or some held out of it."""
+    if wanted.val == (NO_VALIDATION,):
+        return training, None, "validation: none"
+    sources = wanted.val
+    if not sources:
+        sources = tuple(s for s in wanted.data if "val" in find_splits(s, root=wanted.root))
+    if not sources:
+        rest, held_out = hold_out(training, fraction=HELD_OUT, seed=seed)
+        return rest, held_out, f"validation: {len(held_out.records)} pictures held out of {training.name}"
+    found = join([open_dataset(s, split="val", images=wanted.images, root=wanted.root) for s in sources])
+    found = remap(found, training.classes)
+    return training, found, f"validation: {found.name}, {len(found.records)} pictures"
+
+
+def _run_line(resolved: Preset, pictures: int) -> str:
+    preprocess, config = resolved.detector.preprocess, resolved.train
+    plan = make_plan(pictures, preprocess, config)
+    length = f"{plan.steps:,} steps ({plan.epochs:.1f} epochs)" if config.steps else f"{config.epochs} epochs"
+    return (
+        f"preset {resolved.detector.preset} at {preprocess.height} x {preprocess.width}, {length} of batch {plan.batch}"
+    )
 
 
 def _fits_in_memory(dataset: Dataset) -> bool:

@@ -76,14 +76,98 @@ def test_json_is_one_document_and_replays(run, data, tmp_path):
     assert document["command"] == "train"
     assert document["finished"] is True
     assert document["config"]["detector"]["loss"]["neg_ratio"] == 2.0
-    again = run(
-        *("train", "--data", data, "--val", data, "--out", tmp_path / "b", "--weights", "none", "--preset", "tiny"),
-        *("--config", tmp_path / "a" / "config.json", "--workers", 0),
-    )
+    again = run("train", "--config", tmp_path / "a" / "config.json", "--out", tmp_path / "b", "--workers", 0)
     assert again.code == 0, again.stderr
     assert (tmp_path / "a" / "config.json").read_bytes() == (tmp_path / "b" / "config.json").read_bytes()
     one, two = (load_detector(tmp_path / name / "last.safetensors") for name in "ab")
     torch.testing.assert_close(one.detector.network.state_dict(), two.detector.network.state_dict(), rtol=0, atol=0)
+
+
+def test_a_run_file_names_data_start_and_settings_and_options_win(run, data, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    recipe = tmp_path / "recipes" / "mine.toml"
+    recipe.write_text(
+        f"""
+        [data]
+        train = [{str(data)!r}]
+        val = ["none"]
+        [start]
+        preset = "tiny"
+        weights = {str(weights)!r}
+        [train]
+        steps = 3
+        batch = 4
+        precision = "fp32"
+        """
+    )
+    call = ("train", "--config", "recipes/mine.toml", "--workers", 0, "--json")
+    first = run(*call, "--out", "runs/a")
+    assert first.code == 0, first.stderr
+    assert "validation: none" in first.stderr
+    assert "3 steps (1.5 epochs) of batch 4" in first.stderr
+    assert "class outputs taken over by name: red" in first.stderr
+    document = json.loads(first.stdout)
+    assert (document["steps"], document["AP"]) == (3, None)
+    written = json.loads((tmp_path / "runs" / "a" / "config.json").read_text())
+    assert document["config"] == written
+    assert written["data"] == {"train": [str(data)], "val": ["none"], "images": None, "root": None}
+    assert written["start"] == {"weights": str(weights), "backbone_weights": None}
+    second = run(*call, "--out", "runs/b", "--epochs", 1, "--weights", "none", "--val", data, "--set", "train.lr=0.5")
+    assert second.code == 0, second.stderr
+    assert "start: random weights" in second.stderr
+    document = json.loads(second.stdout)
+    assert document["steps"] == 2
+    assert document["AP"] is not None
+    assert document["config"]["train"]["steps"] == 0
+    assert document["config"]["train"]["lr"] == 0.5
+    # Other data than the file's is not validated on what the file names.
+    third = run(*call, "--out", "runs/c", "--data", data)
+    assert "pictures held out of" in third.stderr
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(run, data, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call = ("train", "--data", data, "--weights", weights, "--dry-run", *FAST, "--set", "train.steps=500")
+    shown = run(*call, "--set", "train.schedule=multistep", "--set", "train.milestones=[0.5, 0.8]")
+    assert shown.code == 0, shown.stderr
+    rows = dict(re.split(r" {2,}", line.strip(), maxsplit=1) for line in shown.stdout.splitlines()[1:])
+    assert list(rows) == [
+        *("training data", "validation data", "input", "parameters", "length", "learning rate", "a step"),
+        *("training", "with evaluation", "memory", "on disk"),
+    ]
+    assert rows["learning rate"] == "0.001, lower after 250, 400 steps"
+    assert rows["length"].startswith("500 steps, ")
+    as_json = run(*call, "--json", "--out", "runs/a")
+    document = json.loads(as_json.stdout)
+    assert document["dry_run"]["steps"] == 500
+    assert document["dry_run"]["step_seconds"] > 0
+    assert document["config"]["train"]["steps"] == 500
+    assert document["config"]["data"]["train"] == [str(data)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_missing_is_said(run, data, tmp_path):
+    nothing = run("train", "--out", tmp_path / "run")
+    assert (nothing.code, nothing.stderr.splitlines()[0]) == (
+        2,
+        "error: there is no data to train on: --data is missing",
+    )
+    empty = tmp_path / "empty.toml"
+    empty.write_text("[train]\nlr = 0.1\n")
+    neither = run("train", "--out", tmp_path / "run", "--config", empty)
+    assert neither.code == 2
+    assert f"--data is missing, and {empty} names none" in neither.stderr
+    nowhere = run("train", "--data", data)
+    assert nowhere.code == 2
+    assert "--out is missing" in nowhere.stderr
+
+
+def test_two_kinds_of_weights_are_refused_before_any_is_looked_for(run, data, tmp_path):
+    both = ("--weights", tmp_path / "x.safetensors", "--backbone-weights", "imagenet")
+    ended = run("train", "--data", data, "--out", tmp_path / "run", "--preset", "tiny", *both)
+    assert ended.code == 3
+    assert "exclude each other" in ended.stderr
 
 
 def test_it_starts_from_weights_and_says_which_classes_it_knows(run, data, weights, tmp_path):

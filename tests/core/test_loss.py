@@ -363,3 +363,84 @@ def test_one_object_by_hand():
     # The object lies 0.05 of the anchor to its right: 0.5 after the variance, 0.125 after smooth L1.
     assert_close(loss.loc, torch.tensor(0.125))
     assert_close(loss.conf, torch.tensor(2 * math.log(4)))
+
+
+EMPTY = Target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("counts", [(3, 0), (0, 2, 0)])
+def test_pictures_without_objects_give_their_hardest_negatives(counts):
+    generator = torch.Generator().manual_seed(11)
+    targets = Targets.pack([random_target(generator, n, 2) for n in counts])
+    plain, mining = (random_raw(11, len(counts), 2, grad=True) for _ in range(2))
+    Criterion(config_of(2))(plain, targets).total.backward()
+    Criterion(config_of(2, LossConfig(background_negatives=5)))(mining, targets).total.backward()
+    passed = mining.arm_logits.detach().softmax(dim=-1)[..., 1] >= 0.01
+    for before, after, eligible in (
+        (plain.arm_logits, mining.arm_logits, torch.ones_like(passed)),
+        (plain.odm_logits, mining.odm_logits, passed),
+    ):
+        cost = torch.where(eligible, -after.detach().log_softmax(dim=-1)[..., 0], -1.0)
+        for i, count in enumerate(counts):
+            if count:  # nothing changes for a picture with objects
+                assert_close(after.grad[i], before.grad[i], rtol=0, atol=0)
+            else:
+                taken = (after.grad[i].abs().sum(dim=-1) > 0).nonzero().flatten().tolist()
+                assert sorted(taken) == sorted(cost[i].topk(5).indices.tolist())
+    assert_close(mining.arm_offsets.grad, plain.arm_offsets.grad, rtol=0, atol=0)
+    assert_close(mining.odm_offsets.grad, plain.odm_offsets.grad, rtol=0, atol=0)
+
+
+def background_loss(pictures, negatives, ratio, target=EMPTY, logits=None):
+    """Six anchors of even logits; the object, if there is one, lies on the first of the first picture."""
+    anchors = torch.tensor([[0.1 + 0.15 * i, 0.5, 0.1, 0.1] for i in range(6)])
+    return multibox_loss(
+        torch.zeros(pictures, 6, 4) if logits is None else logits, torch.zeros(pictures, 6, 4), anchors,
+        Targets.pack([target, *[EMPTY] * (pictures - 1)]),
+        positive_iou=0.5, negative_iou=0.5, neg_ratio=ratio, variances=VARIANCES, background_negatives=negatives,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pictures", "negatives", "ratio", "conf"),
+    [
+        pytest.param(1, 0, 3.0, 0, id="off"),
+        pytest.param(1, 2, 3.0, 2, id="few are divided by one"),
+        pytest.param(1, 5, 3.0, 3, id="more weigh no more than the ratio"),
+        pytest.param(8, 5, 3.0, 3, id="nor do those of a whole batch"),
+        pytest.param(8, 99, 3.0, 3, id="nor all there are"),
+        pytest.param(8, 5, 0.0, 1, id="without mining elsewhere they weigh as one"),
+    ],
+)
+def test_a_batch_of_background_alone(pictures, negatives, ratio, conf):
+    logits = torch.zeros(pictures, 6, 4, requires_grad=True)
+    loss = background_loss(pictures, negatives, ratio, logits=logits)
+    assert_close(loss.conf, torch.tensor(conf * math.log(4)))
+    assert [float(loss.loc), float(loss.positives)] == [0.0, 0.0]
+    loss.conf.backward()
+    # Each mined anchor pulls 3/4 towards background and 1/4 from each class.
+    assert_close(logits.grad[..., 0].sum(), torch.tensor(-0.75 * conf))
+    assert_close(logits.grad[..., 1:].sum(), torch.tensor(0.75 * conf))
+
+
+def test_background_beside_an_object_keeps_the_weight_of_the_object():
+    on_first = Target(torch.tensor([[0.05, 0.45, 0.15, 0.55]]), torch.tensor([1]))
+    alone = background_loss(1, 5, 3.0, on_first)
+    beside = background_loss(9, 5, 3.0, on_first)
+    assert_close(alone.conf, torch.tensor(4 * math.log(4)))  # the object and three negatives
+    assert_close(beside.conf, torch.tensor(7 * math.log(4)))  # forty more weigh three
+    assert_close(beside.loc, alone.loc)
+
+
+def test_gradients_of_background_equal_finite_differences():
+    generator = torch.Generator().manual_seed(12)
+    targets = Targets.pack([random_target(generator, 2, 2), EMPTY])
+    logits = torch.randn(2, 15, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+
+    def conf(logits: Tensor) -> Tensor:
+        return multibox_loss(
+            logits, torch.zeros(2, 15, 4, dtype=torch.float64), ANCHORS[-15:], targets,
+            positive_iou=0.5, negative_iou=0.5, neg_ratio=3.0, variances=VARIANCES, background_negatives=4,
+        ).conf  # fmt: skip
+
+    assert torch.autograd.gradcheck(conf, (logits,))

@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 from refinedet_cli.core.config import Classes, TrainConfig
-from refinedet_cli.core.presets import Preset, tiny
+from refinedet_cli.core.layers import L2Norm
+from refinedet_cli.core.presets import Preset, refinedet320_vgg16, tiny
 from refinedet_cli.core.refinedet import build
 from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.engine import train as training
-from refinedet_cli.engine.run_state import load_state
+from refinedet_cli.engine.run_state import load_state, save_state
 from refinedet_cli.engine.train import (
     EvaluationReport,
     Report,
@@ -29,6 +30,8 @@ from refinedet_cli.engine.train import (
     input_sizes,
     learning_rate,
     make_optimizer,
+    milestone_steps,
+    rehearse,
     train,
 )
 from refinedet_cli.errors import CheckpointError, ConfigError, GateError
@@ -240,6 +243,91 @@ def test_learning_rate_warms_up_and_falls() -> None:
     assert learning_rate(TrainConfig(warmup_steps=500), 0, 20) == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize(
+    ("steps", "drops", "gamma"),
+    [
+        (120_000, (80_000, 100_000), 0.1),
+        (240_000, (160_000, 200_000), 0.1),
+        (400_000, (280_000, 360_000), 0.1),
+        (540_000, (400_000, 480_000), 0.1),
+        (120_000, (80_000,), 0.2),
+        (160_000, (120_000,), 0.2),
+    ],
+)
+def test_the_rate_drops_at_the_published_steps(steps: int, drops: tuple[int, ...], gamma: float) -> None:
+    for digits in (None, 15):
+        fractions = tuple(d / steps if digits is None else round(d / steps, digits) for d in drops)
+        config = TrainConfig(warmup_steps=0, schedule="multistep", milestones=fractions, gamma=gamma)
+        assert milestone_steps(config, steps) == drops
+        for passed, drop in enumerate(drops):
+            around = [learning_rate(config, step, steps) for step in (drop - 1, drop)]
+            assert around == pytest.approx([gamma**passed, gamma ** (passed + 1)])
+
+
+def test_a_milestone_between_two_steps_waits_for_the_next() -> None:
+    config = TrainConfig(schedule="multistep", milestones=(0.5, 2 / 3))
+    assert milestone_steps(config, 101) == (51, 68)
+    assert milestone_steps(TrainConfig(schedule="cosine"), 100) == ()
+
+
+def test_a_run_of_so_many_steps_ends_within_an_epoch_and_resumes(squares: Dataset, tmp_path: Path) -> None:
+    recipe = preset(steps=5, evaluate_every=1, epochs=100)
+    reports: list[Report] = []
+    whole = run(squares, recipe, options(tmp_path / "whole"), validation=squares, on_progress=reports.append)
+    assert (whole.steps, whole.pictures) == (5, 20)
+    assert [r.step for r in reports if isinstance(r, EvaluationReport)] == [3, 5]
+    last = [r for r in reports if isinstance(r, StepReport)][-1]
+    assert (last.steps, last.epoch) == (5, 5 / 3)
+    taken = 0
+
+    def after_four() -> bool:
+        nonlocal taken
+        taken += 1
+        return taken == 4
+
+    assert not run(squares, recipe, options(tmp_path / "cut", should_stop=after_four)).finished
+    run(squares, recipe, options(tmp_path / "cut", resume=True))
+    one, two = (load_state(tmp_path / name / "state.pt") for name in ("whole", "cut"))
+    assert one.step == two.step == 5
+    torch.testing.assert_close(two.network, one.network, rtol=0, atol=0)
+
+
+def test_a_run_from_before_a_setting_existed_resumes(squares: Dataset, tmp_path: Path) -> None:
+    run(squares, preset(epochs=1), options(tmp_path, should_stop=lambda: True))
+    state = load_state(tmp_path / "state.pt")
+    del state.settings["train"]["steps"]
+    del state.settings["detector"]["loss"]["background_negatives"]
+    save_state(tmp_path / "state.pt", state)
+    assert run(squares, preset(epochs=1), options(tmp_path, resume=True)).finished
+    save_state(tmp_path / "state.pt", state)
+    with pytest.raises(ConfigError, match=r"train\.steps was 0 and is 9"):
+        run(squares, preset(epochs=1, steps=9), options(tmp_path, resume=True))
+
+
+def test_config_json_holds_what_the_caller_wants_recorded(squares: Dataset, tmp_path: Path) -> None:
+    run(squares, preset(steps=1), options(tmp_path, record={"data": {"train": ["squares"]}}))
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert list(written) == ["detector", "train", "data"]
+    assert written["data"] == {"train": ["squares"]}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_rehearsal_takes_real_steps_and_writes_nothing(squares: Dataset, tmp_path: Path, optimizer: str) -> None:
+    recipe = preset(optimizer=optimizer, lr=10.0, warmup_steps=0)
+    torch.manual_seed(0)
+    detector = build(recipe.detector)
+    before = {n: t.clone() for n, t in detector.network.state_dict().items()}
+    rehearsal = rehearse(detector, squares, recipe.train, options(tmp_path / "run"), lambda seconds: len(seconds) == 4)
+    assert len(rehearsal.seconds) == 4
+    assert not (tmp_path / "run").exists()
+    after = detector.network.state_dict()
+    assert any(not torch.equal(before[n], after[n]) for n in before)
+    # What it foretells is what a run leaves, but for names and headers.
+    run(squares, preset(optimizer=optimizer), options(tmp_path / "run"))
+    for name, foretold in (("last.safetensors", rehearsal.weights_bytes), ("state.pt", rehearsal.state_bytes)):
+        assert 0 <= (tmp_path / "run" / name).stat().st_size - foretold < 600_000
+
+
 def test_every_parameter_has_its_rate_and_decay() -> None:
     network = build(tiny(ONE_CLASS).detector).network
     config = TrainConfig(lr=1.0, bias_lr=2.0, backbone_lr=0.5, weight_decay=0.1)
@@ -252,6 +340,31 @@ def test_every_parameter_has_its_rate_and_decay() -> None:
     assert settings[id(names["tcb.0.first.1.weight"])] == (1.0, 0.0)
     assert settings[id(names["backbone.features.1.conv.0.0.weight"])] == (0.5, 0.1)
     assert settings[id(names["backbone.features.1.conv.0.1.weight"])] == (0.5, 0.0)
+
+
+def test_normalisation_is_decayed_on_request_alone() -> None:
+    network = build(tiny(ONE_CLASS).detector).network
+    optimizer = make_optimizer(network, TrainConfig(lr=1.0, bias_lr=2.0, weight_decay=0.1, decay_norm=True))
+    settings = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    names = dict(network.named_parameters())
+    assert settings[id(names["tcb.0.first.1.weight"])] == (1.0, 0.1)
+    assert settings[id(names["tcb.0.first.1.bias"])] == (1.0, 0.1)
+    assert settings[id(names["odm.levels.0.bias"])] == (2.0, 0.0)
+
+
+def test_rates_and_decays_of_the_published_vgg_network() -> None:
+    # Built without memory: rates and decays need no weights.
+    with torch.device("meta"):
+        network = build(refinedet320_vgg16(ONE_CLASS).detector).network
+    optimizer = make_optimizer(network, TrainConfig(lr=1.0, weight_decay=0.1))
+    settings = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    found: dict[str, set[tuple[float, float]]] = {"bias": set(), "scale": set(), "weight": set()}
+    scales = {id(m.weight) for m in network.modules() if isinstance(m, L2Norm)}
+    for name, parameter in network.named_parameters():
+        kind = "scale" if id(parameter) in scales else "bias" if name.endswith("bias") else "weight"
+        found[kind].add(settings[id(parameter)])
+    assert len(scales) == 2
+    assert found == {"bias": {(2.0, 0.0)}, "scale": {(1.0, 0.1)}, "weight": {(1.0, 0.1)}}
 
 
 def test_early_epochs_use_a_smaller_input() -> None:

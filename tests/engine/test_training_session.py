@@ -1,0 +1,157 @@
+"""What a run is made of: the options and the run file together, and a record from which it can be made again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from refinedet_cli.core.config import Classes, to_dict
+from refinedet_cli.core.presets import tiny
+from refinedet_cli.core.refinedet import build
+from refinedet_cli.engine import training_session
+from refinedet_cli.engine.training_session import TrainingSession
+from refinedet_cli.errors import ConfigError, UsageError
+from refinedet_cli.zoo.checkpoint import save_checkpoint
+
+
+def make_data(folder: Path, pictures: int) -> Path:
+    folder.mkdir(parents=True)
+    images, annotations = [], []
+    for i in range(pictures):
+        pixels = np.random.default_rng([pictures, i]).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": 64, "height": 64})
+        annotations.append(
+            {"id": i, "image_id": i, "category_id": 1, "bbox": [8, 8, 40, 40], "area": 1600, "iscrowd": 0}
+        )
+    path = folder / "train.json"
+    categories = [{"id": 1, "name": "thing"}]
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A working folder with two data sets, weights, and a run file that names them."""
+    project = tmp_path / "project"
+    make_data(project / "sets" / "one", 4)
+    make_data(project / "sets" / "two", 3)
+    config = tiny(Classes(names=("thing",), category_ids=(1,))).detector
+    torch.manual_seed(0)
+    save_checkpoint(project / "tiny.safetensors", config, build(config).network.state_dict(), {})
+    (project / "run.toml").write_text(
+        """
+        [data]
+        train = ["sets/one/train.json", "sets/two/train.json"]
+        val = ["sets/two/train.json"]
+        root = "sets"
+        [start]
+        preset = "tiny"
+        weights = "tiny.safetensors"
+        [train]
+        steps = 1
+        batch = 2
+        precision = "fp32"
+        """
+    )
+    monkeypatch.chdir(project)
+    return project
+
+
+def prepare(**changes: Any) -> TrainingSession:
+    settings: dict[str, Any] = {
+        "data": [],
+        "val": None,
+        "images": None,
+        "root": None,
+        "out": Path("runs/a"),
+        "weights": None,
+        "backbone_weights": None,
+        "preset": None,
+        "config": Path("run.toml"),
+        "settings": [],
+        "device": "cpu",
+        "workers": 0,
+        "cache": None,
+        "resume": False,
+        "overwrite": False,
+        **changes,
+    }
+    return training_session.prepare(**settings)
+
+
+def test_the_record_of_a_run_makes_it_again_from_another_folder(project, monkeypatch):
+    first = prepare()
+    assert (len(first.data.records), len(first.validation.records)) == (7, 3)
+    assert first.settings == {
+        "detector": to_dict(first.preset.detector),
+        "train": to_dict(first.preset.train),
+        "data": {
+            "train": ["../../sets/one/train.json", "../../sets/two/train.json"],
+            "val": ["../../sets/two/train.json"],
+            "images": None,
+            "root": "../../sets",
+        },
+        "start": {"weights": "../../tiny.safetensors", "backbone_weights": None},
+    }
+    first.run(lambda report: None, training_session.never)
+    monkeypatch.chdir("sets")
+    again = prepare(config=Path("../runs/a/config.json"), out=Path("../runs/b"))
+    assert again.settings == first.settings
+    assert again.data.fingerprint == first.data.fingerprint
+    again.run(lambda report: None, training_session.never)
+    a, b = (project / "runs" / name for name in "ab")
+    assert (a / "config.json").read_bytes() == (b / "config.json").read_bytes()
+    one, two = (load_file(run / "last.safetensors") for run in (a, b))
+    torch.testing.assert_close(two, one, rtol=0, atol=0)
+
+
+def test_data_of_the_options_does_not_keep_the_validation_of_the_file(project):
+    session = prepare(data=["sets/two/train.json"])
+    assert len(session.data.records) + len(session.validation.records) == 3
+    assert session.settings["data"]["val"] == []
+    named = prepare(data=["sets/two/train.json"], val="sets/one/train.json")
+    assert (len(named.data.records), len(named.validation.records)) == (3, 4)
+
+
+def test_no_validation_trains_on_everything(project):
+    session = prepare(val="none")
+    assert (len(session.data.records), session.validation) == (7, None)
+    assert session.settings["data"]["val"] == ["none"]
+    assert "validation: none" in session.notes
+    session.run(lambda report: None, training_session.never)
+    assert not (project / "runs/a/best.safetensors").exists()
+
+
+def test_weights_of_the_options_replace_the_whole_start_of_the_file(project):
+    Path("imagenet.toml").write_text('[start]\npreset = "tiny"\nbackbone_weights = "imagenet"\n')
+    # Would reach for the Hub if the file still counted.
+    session = prepare(config=Path("imagenet.toml"), data=["sets/one/train.json"], weights="none")
+    assert session.settings["start"] == {"weights": "none", "backbone_weights": None}
+    assert "start: random weights" in session.notes
+
+
+def test_two_kinds_of_weights_in_a_file_are_refused_at_once(project):
+    Path("both.toml").write_text('[start]\nweights = "tiny.safetensors"\nbackbone_weights = "imagenet"\n')
+    with pytest.raises(ConfigError, match="exclude each other"):
+        prepare(config=Path("both.toml"), data=["sets/one/train.json"])
+
+
+def test_nothing_to_train_on_is_a_usage_error(project):
+    with pytest.raises(UsageError, match=r"--data is missing$"):
+        prepare(config=None)
+
+
+def test_without_a_folder_there_is_only_a_forecast(project):
+    session = prepare(out=None)
+    assert session.forecast().steps == 1
+    with pytest.raises(ValueError, match="without a folder"):
+        session.run(lambda report: None, training_session.never)
+    assert not (project / "runs").exists()
