@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 
 from refinedet_cli import __version__
+from refinedet_cli.cli.anchors import anchors
 from refinedet_cli.cli.detect import detect
 from refinedet_cli.cli.eval import evaluate
 from refinedet_cli.cli.output import current_invocation, invocation, write_document, write_error
@@ -86,6 +87,14 @@ def _root(
     """Train, run and measure RefineDet object detectors."""
 
 
+app.command(
+    "anchors",
+    help=prose(anchors),
+    epilog=examples(
+        "refinedet anchors --dataset signs",
+        "refinedet anchors --dataset signs --weights runs/signs/best.safetensors --visualize --out anchors",
+    ),
+)(anchors)
 app.command(
     "detect",
     help=prose(detect),

@@ -17,6 +17,7 @@ from refinedet_cli.cli.options import (
     BatchOpt,
     DeviceOpt,
     JsonOpt,
+    MultiScaleOpt,
     OptionalOutOpt,
     PrecisionOpt,
     QuietOpt,
@@ -30,6 +31,7 @@ from refinedet_cli.errors import DataError, PartialError, UsageError
 if TYPE_CHECKING:
     from refinedet_cli.core.config import Classes
     from refinedet_cli.engine.detect import DetectedPicture, DetectResult, Progress
+    from refinedet_cli.engine.predict import Predictor
 
 # With more pictures than this, only classes are listed; and of one picture, not more than its best detections.
 _FEW_PICTURES = 20
@@ -46,6 +48,7 @@ def detect(
     quiet: QuietOpt = False,
     weights: WeightsOpt = None,
     score: ScoreOpt = 0.3,
+    multi_scale: MultiScaleOpt = None,
     device: DeviceOpt = "auto",
     precision: PrecisionOpt = None,
     batch: BatchOpt = None,
@@ -65,19 +68,18 @@ def detect(
 
     from refinedet_cli.engine.detect import detect as run
     from refinedet_cli.engine.device import describe_device, select_device, select_precision
-    from refinedet_cli.engine.draw import undrawable_names
-    from refinedet_cli.engine.predict import Predictor, default_batch
+    from refinedet_cli.engine.multi_scale import make_predictor, remark_on_limits
+    from refinedet_cli.engine.predict import default_batch
     from refinedet_cli.zoo.checkpoint import load_detector
     from refinedet_cli.zoo.hub import resolve_weights
 
     chosen = select_device(device)
     loaded = load_detector(resolve_weights(weights))
-    predictor = Predictor(loaded, device=chosen, precision=select_precision(precision or "fp32", chosen))
+    predictor = make_predictor(
+        loaded, device=chosen, precision=select_precision(precision or "fp32", chosen), multi_scale=multi_scale
+    )
     draw = out is not None and not no_draw
-    if draw and (names := undrawable_names(predictor.classes)):
-        output.warn(f"no font here can write {', '.join(names)}: drawn as # and the category id")
-    if score < (kept := predictor.config.postprocess.score_threshold):
-        output.note(f"this detector keeps nothing that scores below {kept:g}, so --score {score:g} acts like it")
+    _announce(output, predictor, score=score, draw=draw)
 
     reports: deque[Progress] = deque(maxlen=1)
     with output.progress("Detecting") as bars:
@@ -112,6 +114,8 @@ def detect(
         output.note(
             f"left out {_count(result.skipped, 'annotated copy', 'annotated copies')} of an earlier run in {out}"
         )
+    if remark := remark_on_limits(predictor, [(p.result.width, p.result.height) for p in result.pictures]):
+        output.note(remark)
     output.result(_document(result, predictor.classes, describe_device(chosen)), *_tables(result, predictor.classes))
     if result.results_file is not None:
         copies = sum(picture.annotated is not None for picture in result.pictures)
@@ -125,6 +129,19 @@ def _named(sources: Sequence[str]) -> list[str]:
     for source in sources:
         named += [line for line in sys.stdin.read().splitlines() if line.strip()] if source == "-" else [source]
     return named
+
+
+def _announce(output: Output, predictor: Predictor, *, score: float, draw: bool) -> None:
+    """Say before the work what is worth knowing of it."""
+    from refinedet_cli.engine.draw import undrawable_names
+    from refinedet_cli.engine.multi_scale import remark_on_passes
+
+    if draw and (names := undrawable_names(predictor.classes)):
+        output.warn(f"no font here can write {', '.join(names)}: drawn as # and the category id")
+    if score < (kept := predictor.config.postprocess.score_threshold):
+        output.note(f"this detector keeps nothing that scores below {kept:g}, so --score {score:g} acts like it")
+    if remark := remark_on_passes(predictor):
+        output.note(remark)
 
 
 def _judge(result: DetectResult) -> None:
@@ -185,7 +202,11 @@ def _tables(result: DetectResult, classes: Classes) -> list[RenderableType]:
         else f"nothing found in {_count(len(result.pictures), 'picture')}"
     )
     threshold = f"at a score of {result.origin.score_threshold:g} or better"
-    return [*tables, Text(f"{found} {threshold}, {result.pictures_per_second:.1f} pictures/s")]
+    schedule = result.origin.multi_scale
+    passes = f", {_count(schedule.count, 'pass', 'passes')} a picture (multi-scale {schedule.name})" if schedule else ""
+    # With many passes a picture can take seconds, and one decimal would say 0.0.
+    speed = f"{result.pictures_per_second:.{2 if schedule else 1}f} pictures/s"
+    return [*tables, Text(f"{found} {threshold}, {speed}{passes}")]
 
 
 def _picture_table(pictures: Sequence[DetectedPicture], classes: Classes) -> Table:

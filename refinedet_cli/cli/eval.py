@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.progress import TaskID
 
+from refinedet_cli.cli.eval_tables import (
+    Comparison,
+    Detector,
+    Measured,
+    MetricName,
+    document_of,
+    scope_of,
+    tables_of,
+)
 from refinedet_cli.cli.options import (
+    DATA,
     MODEL,
+    OUTPUT,
     BatchOpt,
     DatasetOpt,
+    DeviceName,
     DeviceOpt,
     ImagesOpt,
     JsonOpt,
+    MultiScaleOpt,
     OptionalOutOpt,
+    PrecisionName,
     PrecisionOpt,
     QuietOpt,
+    RootOpt,
     SplitOpt,
     WeightsOpt,
     WorkersOpt,
@@ -30,57 +43,116 @@ from refinedet_cli.core.presets import POSTPROCESS_PRESETS
 from refinedet_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from refinedet_cli.core.config import PostprocessConfig
     from refinedet_cli.data.dataset import Dataset
-    from refinedet_cli.engine.evaluate import Evaluation, EvaluationProgress
-    from refinedet_cli.engine.predict import Predictor
-    from refinedet_cli.engine.results import Origin
+    from refinedet_cli.engine.evaluate import Collected, EvaluationProgress
+    from refinedet_cli.engine.results import SavedDetections
+    from refinedet_cli.metrics.coco import CocoResult
+    from refinedet_cli.metrics.intervals import Estimates
+    from refinedet_cli.metrics.voc import Overlap, Pixels, VocResult, VocRules
 
 METRICS_NAME = "metrics.json"
+NUMBERS = "Numbers"
 
 _DEFAULT_WORKERS = 4
+_DEFAULT_ROUNDS = 1000
+_SEED = 0
+# Pictures on which a report looks at the anchors before and after they move.
+_REFINEMENT_PICTURES = 200
 
-# The twelve numbers in their order, in four groups.
-_MEANINGS = (
-    {
-        "AP": "mean over IoU 0.50 to 0.95, the number to compare",
-        "AP50": "at IoU 0.50",
-        "AP75": "at IoU 0.75",
-    },
-    {
-        "AP_small": "objects below 32 x 32 px",
-        "AP_medium": "objects from 32 x 32 to 96 x 96 px",
-        "AP_large": "objects above 96 x 96 px",
-    },
-    {
-        "AR1": "recall with 1 detection of each class in a picture",
-        "AR10": "with 10",
-        "AR100": "with 100",
-    },
-    {
-        "AR_small": "AR100 of objects below 32 x 32 px",
-        "AR_medium": "AR100 of objects from 32 x 32 to 96 x 96 px",
-        "AR_large": "AR100 of objects above 96 x 96 px",
-    },
-)
-
-
-class _Measured(NamedTuple):
-    """What was measured, and how."""
-
-    source: str
-    split: str | None
-    dataset: Dataset
-    predictor: Predictor
-    origin: Origin
-    device: str
-    evaluation: Evaluation
+EngineName = Literal["auto", "pycocotools", "hotcoco"]
 
 
 def evaluate(
     dataset: DatasetOpt,
     split: SplitOpt = "val",
     images: ImagesOpt = None,
+    root: RootOpt = None,
+    saved: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE.json",
+            help="Score saved detections instead of running a detector: a detections.json, or a list of COCO results.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    metric: Annotated[
+        MetricName,
+        typer.Option(
+            "--metric",
+            help="coco: AP over IoU 0.50 to 0.95; voc2007: mAP at IoU 0.5, 11-point; voc2012: the same by area. The "
+            "format of the data does not matter.",
+            rich_help_panel=NUMBERS,
+        ),
+    ] = "coco",
+    voc_pixels: Annotated[
+        Literal["inclusive", "continuous"] | None,
+        typer.Option(
+            "--voc-pixels",
+            help="Width of a VOC box: xmax - xmin + 1, as in the PASCAL devkit, or xmax - xmin.",
+            show_default="inclusive",
+            rich_help_panel=NUMBERS,
+        ),
+    ] = None,
+    voc_overlap: Annotated[
+        Literal["at-least", "above"] | None,
+        typer.Option(
+            "--voc-overlap",
+            help="A VOC object is found at an IoU of at least 0.5, as in the PASCAL devkit, or above 0.5, as in the "
+            "evaluator behind the RefineDet paper.",
+            show_default="at-least",
+            rich_help_panel=NUMBERS,
+        ),
+    ] = None,
+    bootstrap: Annotated[
+        int | None,
+        typer.Option(
+            "--bootstrap",
+            min=0,
+            metavar="N",
+            help="Put 95 % intervals around the numbers by drawing the pictures anew N times; 1000 is usual.",
+            show_default="0, or 1000 with --compare",
+            rich_help_panel=NUMBERS,
+        ),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare",
+            metavar="FILE.json",
+            help="Other saved detections of the same pictures: print the difference with its 95 % interval.",
+            show_default=False,
+            rich_help_panel=NUMBERS,
+        ),
+    ] = None,
+    engine: Annotated[
+        EngineName,
+        typer.Option(
+            "--engine",
+            help="What computes the COCO metric: auto takes hotcoco, the extra fast-eval, where it is installed and "
+            "proves equal to pycocotools.",
+            rich_help_panel=NUMBERS,
+        ),
+    ] = "auto",
+    download: Annotated[
+        bool,
+        typer.Option(
+            "--download",
+            help="Fetch coco, voc2007 or voc2012 from its official server if it is not there.",
+            rich_help_panel=DATA,
+        ),
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE.html",
+            help="Write a page that explains the score: errors, curves, confusions, worst pictures.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     out: OptionalOutOpt = None,
     json: JsonOpt = False,
     quiet: QuietOpt = False,
@@ -94,28 +166,143 @@ def evaluate(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    multi_scale: MultiScaleOpt = None,
     device: DeviceOpt = "auto",
     precision: PrecisionOpt = None,
     batch: BatchOpt = None,
     workers: WorkersOpt = None,
 ) -> None:
-    """Measure a detector on a data set with the COCO metric.
+    """Measure a detector, or saved detections, on a data set with the COCO or a VOC metric.
 
     All detections above the detector's own threshold count, not only those that detect would draw. Classes are matched
     by name; where the detector knows only some, only these are scored, and the result says so. With --out, that folder
-    gets detections.json (a COCO data set with scores, which leads pycocotools to the same numbers) and metrics.json.
+    gets metrics.json and, of a detector, detections.json: a COCO data set with scores, which leads pycocotools and
+    --from to the same numbers.
     """
-    from refinedet_cli.data.source import find_splits, open_dataset
-
     output = Output(json=json, quiet=quiet)
     if out is not None and out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file", "name a folder")
-    data = open_dataset(dataset, split=split, images=images)
+    if saved is not None:
+        _refuse_without_detector(
+            {
+                "--weights": weights,
+                "--postprocess": postprocess,
+                "--multi-scale": multi_scale,
+                "--device": None if device == "auto" else device,
+                "--precision": precision,
+                "--batch": batch,
+                "--workers": workers,
+            }
+        )
+    if metric == "coco":
+        _refuse_without_voc({"--voc-pixels": voc_pixels, "--voc-overlap": voc_overlap})
+    elif engine != "auto":
+        raise UsageError(f"--engine {engine} is about COCO numbers", "leave it out, or add --metric coco")
+    if report is not None and report.is_dir():
+        raise UsageError(f"--report {report} is a folder", "name a file, such as report.html")
+    asked = _Asked(metric, voc_pixels, voc_overlap, _rounds(bootstrap, compare), engine)
 
+    from refinedet_cli.data.source import find_splits, open_dataset
+
+    if download:
+        _download(output, dataset, split, root)
+    data = open_dataset(dataset, split=split, images=images, root=root)
+    part = split if find_splits(dataset, root) else None
+
+    other = None if compare is None else _read(compare, data)
+    if saved is not None:
+        found = _Found(*_read(saved, data))
+    else:
+        detector = _load(output, weights, postprocess, multi_scale, device, precision)
+        found = _Found(detector, _detect(output, data, detector, batch, workers))
+    with output.progress("Computing numbers") as bars:
+        bars.add_task("", total=None)
+        measured = _measure((dataset, part, data), asked, found, other)
+    if report is not None:
+        _write_page(output, measured, data, report)
+    _report(output, measured, out, report)
+
+
+class _Asked(NamedTuple):
+    """The numbers that were asked for."""
+
+    metric: MetricName
+    pixels: Pixels | None
+    overlap: Overlap | None
+    rounds: int
+    engine: EngineName
+
+    def rules(self) -> VocRules | None:
+        """Those of a VOC metric; None for COCO's."""
+        if self.metric == "coco":
+            return None
+        from refinedet_cli.metrics.voc import VOC2007, VOC2012
+
+        rules = VOC2007 if self.metric == "voc2007" else VOC2012
+        return replace(rules, pixels=self.pixels or rules.pixels, overlap=self.overlap or rules.overlap)
+
+
+class _Saved(NamedTuple):
+    """Saved detections laid beside the objects of the data."""
+
+    file: SavedDetections
+    collected: Collected
+
+
+class _Found(NamedTuple):
+    """What is to be scored, and where it comes from."""
+
+    made: Detector | SavedDetections
+    collected: Collected
+
+
+def _refuse_without_detector(given: dict[str, object]) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise UsageError(
+                f"{option} does not go with --from: saved detections need no detector", f"leave {option} out"
+            )
+
+
+def _refuse_without_voc(given: dict[str, object]) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise UsageError(f"{option} is about VOC numbers", "add --metric voc2007 or --metric voc2012")
+
+
+def _rounds(bootstrap: int | None, compare: Path | None) -> int:
+    if bootstrap is None:
+        return 0 if compare is None else _DEFAULT_ROUNDS
+    if bootstrap == 0 and compare is not None:
+        raise UsageError("--compare needs drawings for its intervals", "leave --bootstrap 0 out")
+    from refinedet_cli.metrics.intervals import MIN_ROUNDS
+
+    if 0 < bootstrap < MIN_ROUNDS:
+        raise UsageError(
+            f"--bootstrap {bootstrap} is too few for a 95 % interval", f"take {MIN_ROUNDS} or more; 1000 is usual"
+        )
+    return bootstrap
+
+
+def _read(path: Path, data: Dataset) -> _Saved:
+    from refinedet_cli.engine.evaluate import collect_saved
+    from refinedet_cli.engine.results import read_results
+
+    saved = read_results(path)
+    return _Saved(saved, collect_saved(saved, data))
+
+
+def _load(
+    output: Output,
+    weights: str | None,
+    postprocess: Literal["paper", "caffe"] | None,
+    multi_scale: str | None,
+    device: DeviceName,
+    precision: PrecisionName | None,
+) -> Detector:
     from refinedet_cli.engine.device import describe_device, select_device, select_precision
-    from refinedet_cli.engine.evaluate import evaluate as run
     from refinedet_cli.engine.evaluate import with_postprocess
-    from refinedet_cli.engine.predict import Predictor, default_batch
+    from refinedet_cli.engine.multi_scale import make_predictor, remark_on_passes
     from refinedet_cli.engine.results import origin_of
     from refinedet_cli.zoo.checkpoint import load_detector
     from refinedet_cli.zoo.hub import resolve_weights
@@ -124,177 +311,161 @@ def evaluate(
     loaded = load_detector(resolve_weights(weights))
     if postprocess is not None:
         loaded = with_postprocess(loaded, POSTPROCESS_PRESETS[postprocess]())
-    predictor = Predictor(loaded, device=chosen, precision=select_precision(precision or "fp32", chosen))
+    predictor = make_predictor(
+        loaded, device=chosen, precision=select_precision(precision or "fp32", chosen), multi_scale=multi_scale
+    )
+    if remark := remark_on_passes(predictor):
+        output.note(remark)
+    origin = origin_of(
+        loaded,
+        precision=predictor.precision,
+        score_threshold=loaded.config.postprocess.score_threshold,
+        multi_scale=predictor.schedule,
+    )
+    return Detector(predictor, origin, describe_device(chosen))
+
+
+def _detect(output: Output, data: Dataset, made: Detector, batch: int | None, workers: int | None) -> Collected:
+    from refinedet_cli.engine.evaluate import collect
+    from refinedet_cli.engine.multi_scale import remark_on_limits
+    from refinedet_cli.engine.predict import default_batch
+
     with output.progress("Evaluating") as bars:
         task = bars.add_task("", total=len(data))
 
         def show(progress: EvaluationProgress) -> None:
-            is_last = progress.done == progress.total
-            bars.update(task, completed=progress.done, description="scoring" if is_last else "")
+            bars.update(task, completed=progress.done)
 
-        evaluation = run(
-            predictor,
+        collected = collect(
+            made.predictor,
             data,
-            batch=batch or default_batch(chosen),
+            batch=batch or default_batch(made.predictor.device),
             workers=_DEFAULT_WORKERS if workers is None else workers,
             on_progress=show,
         )
-    threshold = loaded.config.postprocess.score_threshold
-    measured = _Measured(
-        source=dataset,
-        split=split if find_splits(dataset) else None,
-        dataset=data,
-        predictor=predictor,
-        origin=origin_of(loaded, precision=predictor.precision, score_threshold=threshold),
-        device=describe_device(chosen),
-        evaluation=evaluation,
+    if remark := remark_on_limits(made.predictor, [(r.width, r.height) for r in collected.records]):
+        output.note(remark)
+    return collected
+
+
+def _measure(source: tuple[str, str | None, Dataset], asked: _Asked, found: _Found, other: _Saved | None) -> Measured:
+    from refinedet_cli.engine.evaluate import choose_engine, coco_notes, score_coco, score_voc, voc_notes
+
+    rules, collected = asked.rules(), found.collected
+    intervals, comparison = _intervals(asked, found, other)
+    result: CocoResult | VocResult
+    engine = ""
+    if rules is None:
+        chosen = choose_engine(asked.engine)
+        engine = chosen.description
+        result, notes = score_coco(collected, chosen), (*chosen.notes, *coco_notes(collected))
+    else:
+        result, notes = score_voc(collected, rules), voc_notes(collected)
+    return Measured(
+        *source,
+        metric=asked.metric,
+        rules=rules,
+        engine=engine,
+        made=found.made,
+        collected=collected,
+        result=result,
+        intervals=intervals,
+        comparison=comparison,
+        seed=_SEED,
+        notes=(*collected.notes, *notes),
     )
-    _report(output, measured, out)
 
 
-def _report(output: Output, measured: _Measured, out: Path | None) -> None:
+def _intervals(asked: _Asked, found: _Found, other: _Saved | None) -> tuple[Estimates | None, Comparison | None]:
+    """Draw the pictures anew, for the detections and for those they are compared with."""
+    if not asked.rounds:
+        return None, None
+    from refinedet_cli.engine.evaluate import in_classes_of, resample
+    from refinedet_cli.metrics.intervals import differences, draw_pictures, estimates
+
+    rules, collected = asked.rules(), found.collected
+    if other is not None:
+        # Before the work: the two may not be comparable.
+        theirs = in_classes_of(other.collected, collected)
+    drawn = draw_pictures(len(collected.records), asked.rounds, _SEED)
+    rounds = resample(collected, drawn, rules)
+    if other is None:
+        return estimates(rounds), None
+    others = resample(theirs, drawn, rules)
+    return estimates(rounds), Comparison(other.file, estimates(others), differences(rounds, others))
+
+
+def _download(output: Output, dataset: str, split: str, root: Path | None) -> None:
+    """Fetch a public data set with a bar for each archive."""
+    from refinedet_cli.data.public import PUBLIC_SETS, Archive, fetch_public
+
+    name, _, part = dataset.partition(":")
+    if name.lower() not in PUBLIC_SETS:
+        raise UsageError(
+            f"--download does not know {dataset}", f"it fetches {', '.join(PUBLIC_SETS)}; leave it out for other data"
+        )
+    with output.progress("Downloading") as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(archive: Archive, done: int) -> None:
+            if archive.name not in tasks:
+                tasks[archive.name] = bars.add_task(archive.name, total=archive.size)
+            bars.update(tasks[archive.name], completed=done)
+
+        fetched = fetch_public(name.lower(), part or split, show, root)
+    for archive in fetched:
+        output.note(f"downloaded and unpacked {archive}")
+
+
+def _write_page(output: Output, measured: Measured, data: Dataset, path: Path) -> None:
+    from refinedet_cli.cli.eval_page import page_of
+    from refinedet_cli.engine.report import write_report
+
+    with output.progress("Explaining") as bars:
+        task = bars.add_task("", total=None)
+        refinement = None
+        made = measured.made
+        if isinstance(made, Detector) and made.predictor.config.network.arm and data.objects:
+            from refinedet_cli.engine.anchor_refinement import measure_refinement
+            from refinedet_cli.engine.predict import default_batch
+
+            refinement = measure_refinement(
+                made.predictor.loaded,
+                data,
+                pictures=_REFINEMENT_PICTURES,
+                seed=_SEED,
+                device=made.predictor.device,
+                batch=default_batch(made.predictor.device),
+                workers=_DEFAULT_WORKERS,
+                on_progress=lambda done, total: bars.update(task, completed=done, total=total),
+            )
+        write_report(path, page_of(measured, refinement))
+
+
+def _report(output: Output, measured: Measured, out: Path | None, page: Path | None) -> None:
     """Write the files, the remarks and the result."""
-    evaluation = measured.evaluation
-    document = _document(measured)
+    document = document_of(measured)
     files: dict[str, str | None] = {"detections_file": None, "metrics_file": None}
     if out is not None:
         files = _write(out, measured, document)
-    for note in evaluation.notes:
+    files["report_file"] = None if page is None else str(page)
+    for note in measured.notes:
         output.note(note)
-    if not evaluation.complete:
-        output.warn(f"not every object was scored: {_scope(measured)}")
-    output.result({**document, **files}, *_renderables(measured))
-    if out is not None:
-        output.note(f"wrote {' and '.join(path for path in files.values() if path)}")
+    if not measured.collected.complete:
+        output.warn(f"not every object was scored: {scope_of(measured)}")
+    output.result({**document, **files}, *tables_of(measured))
+    if written := [path for path in files.values() if path]:
+        output.note(f"wrote {' and '.join(written)}")
 
 
-def _write(out: Path, measured: _Measured, document: dict[str, Any]) -> dict[str, str | None]:
+def _write(out: Path, measured: Measured, document: dict[str, Any]) -> dict[str, str | None]:
     from refinedet_cli.data.files import write_json
     from refinedet_cli.engine.results import RESULTS_NAME, write_results
 
     detections_file, metrics_file = out / RESULTS_NAME, out / METRICS_NAME
-    write_results(detections_file, measured.evaluation.pictures, measured.predictor.classes, measured.origin)
+    made, collected = measured.made, measured.collected
+    is_new = isinstance(made, Detector)
+    if isinstance(made, Detector):
+        write_results(detections_file, collected.pictures, collected.classes, made.origin)
     write_json(metrics_file, {"schema_version": SCHEMA_VERSION, "command": "eval", **document})
-    return {"detections_file": str(detections_file), "metrics_file": str(metrics_file)}
-
-
-def _document(measured: _Measured) -> dict[str, Any]:
-    evaluation, config = measured.evaluation, measured.predictor.config
-    ids = dict(zip(config.classes.names, config.classes.category_ids, strict=True))
-    return {
-        "dataset": {
-            "source": measured.source,
-            "split": measured.split,
-            "name": measured.dataset.name,
-            "fingerprint": measured.dataset.fingerprint,
-            "pictures": evaluation.result.pictures,
-            "objects": evaluation.objects,
-            "crowds": _crowds(measured.dataset),
-        },
-        "origin": asdict(measured.origin),
-        "input_size": {"height": config.preprocess.height, "width": config.preprocess.width},
-        "postprocess": {"preset": _preset_of(config.postprocess), **asdict(config.postprocess)},
-        "device": measured.device,
-        "metric": "coco",
-        "complete": evaluation.complete,
-        "metrics": {name: getattr(evaluation.result, name) for group in _MEANINGS for name in group},
-        "classes": [
-            {
-                "name": name,
-                "category_id": ids[name],
-                "AP": scored.AP,
-                "AP50": scored.AP50,
-                "AP75": scored.AP75,
-                "AR100": scored.AR100,
-                "objects": scored.objects,
-                "detections": scored.detections,
-            }
-            for name, scored in zip(evaluation.scored_classes, evaluation.result.per_class, strict=True)
-        ],
-        "notes": list(evaluation.notes),
-        "seconds": round(evaluation.seconds, 3),
-        "pictures_per_second": round(evaluation.pictures_per_second, 2),
-    }
-
-
-def _renderables(measured: _Measured) -> list[RenderableType]:
-    evaluation = measured.evaluation
-    speed = f"{evaluation.pictures_per_second:.1f} pictures/s"
-    blank = Text("")
-    return [_setting_table(measured), blank, _summary_table(measured), blank, _class_table(evaluation), Text(speed)]
-
-
-def _setting_table(measured: _Measured) -> Table:
-    config, origin, result = measured.predictor.config, measured.origin, measured.evaluation.result
-    post, size = config.postprocess, config.preprocess
-    named = _preset_of(post)
-    part = f", split {measured.split}" if measured.split else ""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    contents = f"{_count(result.pictures, 'picture')}, {_count(measured.evaluation.objects, 'object')}"
-    crowds = _crowds(measured.dataset)
-    among = f", {_count(crowds, 'crowd')} among them" if crowds else ""
-    table.add_row("Data", f"{measured.source}{part}: {contents}{among}")
-    table.add_row("Weights", f"{origin.weights}, preset {origin.preset}, sha256 {origin.sha256[:12]}")
-    table.add_row("Input", f"{size.width} x {size.height} px, {origin.precision} on {measured.device}")
-    table.add_row(
-        "Kept",
-        f"{f'preset {named}: ' if named else ''}scores above {post.score_threshold:g}, {post.candidates:,} candidates "
-        f"a {post.candidates_per}, NMS at IoU {post.nms_iou:g}, best {post.keep:,} a picture",
-    )
-    return table
-
-
-def _summary_table(measured: _Measured) -> Table:
-    table = Table(title=_scope(measured), title_justify="left")
-    table.add_column("Number", no_wrap=True)
-    table.add_column("Value", justify="right", no_wrap=True)
-    table.add_column("Meaning")
-    for group in _MEANINGS:
-        for name, meaning in group.items():
-            table.add_row(name, _number(getattr(measured.evaluation.result, name)), meaning)
-        table.add_section()
-    return table
-
-
-def _class_table(evaluation: Evaluation) -> Table:
-    table = Table(title="Classes", title_justify="left")
-    table.add_column("Class", overflow="fold")
-    for heading in ("AP", "AP50", "AP75", "AR100", "Objects", "Detections"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, scored in zip(evaluation.scored_classes, evaluation.result.per_class, strict=True):
-        numbers = (_number(value) for value in (scored.AP, scored.AP50, scored.AP75, scored.AR100))
-        table.add_row(
-            name,
-            *numbers,
-            f"{scored.objects:,}",
-            f"{scored.detections:,}",
-            style=None if scored.objects else "dim",
-        )
-    return table
-
-
-def _scope(measured: _Measured) -> str:
-    """What the numbers are of."""
-    evaluation = measured.evaluation
-    if evaluation.complete:
-        return "COCO metric"
-    shared, listed = len(evaluation.scored_classes), len(measured.dataset.classes)
-    return f"COCO metric over {shared} shared of {listed} classes, not the data set's AP"
-
-
-def _crowds(dataset: Dataset) -> int:
-    return sum(int(record.crowd.sum()) for record in dataset.records)
-
-
-def _preset_of(postprocess: PostprocessConfig) -> str | None:
-    return next((name for name, preset in POSTPROCESS_PRESETS.items() if preset() == postprocess), None)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number:,} {name}{'' if number == 1 else 's'}"
+    return {"detections_file": str(detections_file) if is_new else None, "metrics_file": str(metrics_file)}

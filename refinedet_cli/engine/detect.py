@@ -163,7 +163,9 @@ def detect(
                 f"{out / ANNOTATED_NAME} holds annotated copies, and no other pictures were given",
                 "name the original pictures, or choose another output folder",
             )
-    origin = origin_of(predictor.loaded, precision=predictor.precision, score_threshold=score)
+    origin = origin_of(
+        predictor.loaded, precision=predictor.precision, score_threshold=score, multi_scale=predictor.schedule
+    )
     annotated = out / ANNOTATED_NAME if out is not None and draw else None
     results_file = out / RESULTS_NAME if out is not None else None
     run = _Run(predictor, score, numbered, annotated, on_progress)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from itertools import islice
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +18,18 @@ from numpy.typing import NDArray
 from refinedet_cli.core.config import Classes, PostprocessConfig
 from refinedet_cli.core.refinedet import build
 from refinedet_cli.core.structures import Detections
-from refinedet_cli.data.dataset import ClassMatch, Dataset, Record, listed, match_classes, remap
+from refinedet_cli.data.dataset import ClassMatch, Dataset, Record, canonical_name, listed, match_classes, remap
 from refinedet_cli.data.loading import read_record
 from refinedet_cli.engine.predict import Predictor
-from refinedet_cli.engine.results import PictureResult, detection_rows
-from refinedet_cli.errors import DataError
+from refinedet_cli.engine.results import PictureResult, SavedDetections, detection_rows
+from refinedet_cli.errors import DataError, UsageError
 from refinedet_cli.metrics.coco import CocoResult, PictureDetections, PictureTruth, evaluate_coco
+from refinedet_cli.metrics.fast_coco import distrust, evaluate_coco_fast, is_installed
+from refinedet_cli.metrics.intervals import Rounds, resample_coco, resample_voc
+from refinedet_cli.metrics.voc import VocResult, VocRules, evaluate_voc
 from refinedet_cli.zoo.checkpoint import LoadedDetector
+
+_NO_OBJECT = "there is no object to be found, so there are no numbers"
 
 
 @dataclass(frozen=True)
@@ -34,32 +41,71 @@ class EvaluationProgress:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Evaluation:
-    """What a detector scores on a data set.
+class Collected:
+    """What was found in a data set beside what is there: all that a number is computed from.
+
+    The pictures are numbered by their place, by ascending image id: those of joined data sets may share an id.
 
     Attributes:
-        result: over the scored classes; ``result.per_class[i]`` is that of ``scored_classes[i]``.
-        scored_classes: the classes that detector and data set share, named and ordered as in the detector.
-        complete: whether every object of the data set was scored as the class it has there. If not, the numbers are of
+        classes: those of the detections.
+        scored_classes: the classes that detections and data set share, named and ordered as in ``classes``; label ``i``
+            of ``truths`` and ``detections`` is ``scored_classes[i - 1]``.
+        complete: whether every object of the data set is scored as the class it has there. If not, the numbers are of
             the scored classes, and not the data set's.
-        pictures: all that was found, also of classes that are not scored, by ascending image id.
+        records: the data set's, by ascending image id, with the labels of ``classes`` and without other objects.
+        truths: the objects of each of ``records``.
+        difficult: for each of ``truths`` bool[N].
+        detections: those of the scored classes in each of ``records``, boxes and scores as they are in files.
+        pictures: all that a detector found in each of ``records``, also of classes that are not scored; empty where
+            saved detections are scored.
         objects: the data set's, crowds and other classes included.
-        seconds: that reading the pictures and detecting took.
-        notes: what the data set and this evaluation left out or did in a special way, one line each.
+        seconds: that reading the pictures and detecting took; None for saved detections.
+        notes: what was left out or done in a special way, one line each.
     """
 
-    result: CocoResult
+    classes: Classes
     scored_classes: tuple[str, ...]
     complete: bool
+    records: tuple[Record, ...]
+    truths: tuple[PictureTruth, ...]
+    difficult: tuple[NDArray[np.bool_], ...]
+    detections: tuple[PictureDetections, ...]
     pictures: tuple[PictureResult, ...]
     objects: int
-    seconds: float
+    seconds: float | None
     notes: tuple[str, ...]
 
     @property
-    def pictures_per_second(self) -> float:
+    def pictures_per_second(self) -> float | None:
         """Speed of reading and detecting together."""
-        return len(self.pictures) / max(self.seconds, 1e-9)
+        return None if self.seconds is None else len(self.records) / max(self.seconds, 1e-9)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation(Collected):
+    """What was found in a data set, and the COCO metric's numbers of it.
+
+    Attributes:
+        result: ``result.per_class[i]`` is that of ``scored_classes[i]``.
+    """
+
+    result: CocoResult
+
+
+class _Paired(NamedTuple):
+    """A data set in the words of the detections.
+
+    Attributes:
+        dataset: with the labels of the detections' classes.
+        records: its, in the order of their places.
+        match: of the detections' classes with those that the data set came with.
+        scored: int64[C], for each label of the detections' classes that among the scored ones, or 0.
+    """
+
+    dataset: Dataset
+    records: tuple[Record, ...]
+    match: ClassMatch
+    scored: NDArray[np.int64]
 
 
 def ignore(progress: EvaluationProgress) -> None:
@@ -101,39 +147,288 @@ def evaluate(
         DataError: detector and data set share no class, there is no picture, or a picture cannot be read: a number over
             the others would not be the data set's.
     """
-    if not dataset.records:
-        raise DataError(f"{dataset.name} has no pictures to score", "name another data set or split")
-    classes = predictor.classes
-    renamed = remap(dataset, classes)
-    match = match_classes(classes, dataset.classes)
-    records = sorted(renamed.records, key=lambda r: (r.image_id, r.file_name, r.path))
+    collected = collect(predictor, dataset, batch=batch, workers=workers, on_progress=on_progress)
+    notes = (*collected.notes, *coco_notes(collected))
+    return Evaluation(**{**vars(collected), "notes": notes}, result=score_coco(collected))
+
+
+def collect(
+    predictor: Predictor,
+    dataset: Dataset,
+    *,
+    batch: int,
+    workers: int,
+    on_progress: Callable[[EvaluationProgress], None] = ignore,
+) -> Collected:
+    """Run a detector over a data set; arguments, order and errors are those of `evaluate`."""
+    paired = _pair(dataset, predictor.classes)
     started = time.perf_counter()
     found: list[Detections] = []
-    for images in _batches(records, batch, workers):
+    for images in _batches(paired.records, batch, workers):
         found += predictor.predict(images)
-        on_progress(EvaluationProgress(len(found), len(records)))
+        on_progress(EvaluationProgress(len(found), len(paired.records)))
     seconds = time.perf_counter() - started
+    pictures = tuple(
+        PictureResult(r.image_id, r.file_name, r.width, r.height, d) for r, d in zip(paired.records, found, strict=True)
+    )
+    reported = [_reported(i, d, predictor.classes, paired.scored) for i, d in enumerate(found)]
+    return _collected(paired, dataset, reported, pictures=pictures, seconds=seconds)
+
+
+def collect_saved(saved: SavedDetections, dataset: Dataset) -> Collected:
+    """Lay saved detections beside the objects of a data set.
+
+    Pictures are found by the file names of a detections.json (by file name and image id where the data set has one name
+    twice) and by the image ids of a results list. Pictures without detections are scored as they are: what is in them
+    was missed.
+
+    Raises:
+        DataError: there is no picture, no class is shared, or a detection is of a picture or category that the data set
+            does not have.
+    """
+    classes = saved.classes or dataset.classes
+    if not match_classes(classes, dataset.classes).shared:
+        raise DataError(
+            f"{saved.path} and {dataset.name} share no class: the file has {listed(classes.names)}; the data has "
+            f"{listed(dataset.classes.names)}",
+            "score detections on the data that they were made on",
+        )
+    paired = _pair(dataset, classes)
+    places, notes = _places(saved, paired.records, dataset.name)
+    label_of = {category_id: label for label, category_id in enumerate(classes.category_ids, start=1)}
+    unknown = sorted(set(saved.category_ids.tolist()) - set(label_of))
+    if unknown:
+        raise DataError(
+            f"{saved.path} has detections of categories that {dataset.name} does not have: {_ids(unknown)}",
+            f"category ids must be those of the data set: {_ids(classes.category_ids)}",
+        )
+    labels = paired.scored[np.array([label_of[i] for i in saved.category_ids.tolist()], dtype=np.int64)]
+    known = np.flatnonzero(labels)
+    order = known[np.argsort(places[known], kind="stable")]
+    ends = np.cumsum(np.bincount(places[order], minlength=len(paired.records)))
+    reported = [
+        PictureDetections(i, saved.boxes[rows], saved.scores[rows], labels[rows])
+        for i, rows in enumerate(np.split(order, ends[:-1]))
+    ]
+    if not len(saved):
+        notes = (*notes, f"{saved.path} holds no detection")
+    return _collected(paired, dataset, reported, notes=(*saved.notes, *notes))
+
+
+class Engine(NamedTuple):
+    """What computes the COCO metric.
+
+    Attributes:
+        score: takes truths, detections and the number of classes.
+        description: its name and version.
+        notes: why it is not another, if somebody should know.
+    """
+
+    score: Callable[[Sequence[PictureTruth], Sequence[PictureDetections], int], CocoResult]
+    description: str
+    notes: tuple[str, ...] = ()
+
+
+PYCOCOTOOLS = Engine(evaluate_coco, f"pycocotools {version('pycocotools')}")
+
+
+def choose_engine(name: Literal["auto", "pycocotools", "hotcoco"]) -> Engine:
+    """Choose what computes the COCO metric.
+
+    Args:
+        name: "auto" takes hotcoco where it is installed and proves equal to pycocotools, else pycocotools.
+
+    Raises:
+        UsageError: hotcoco is asked for and is not installed, or not equal.
+    """
+    if name == "pycocotools":
+        return PYCOCOTOOLS
+    reason = distrust()
+    if reason is None:
+        return Engine(evaluate_coco_fast, f"hotcoco {version('hotcoco')}, proved equal to {PYCOCOTOOLS.description}")
+    if name == "hotcoco":
+        raise UsageError(f"--engine hotcoco cannot be used: {reason}", "take --engine pycocotools")
+    return PYCOCOTOOLS._replace(notes=(reason,) if is_installed() else ())
+
+
+def score_coco(collected: Collected, engine: Engine = PYCOCOTOOLS) -> CocoResult:
+    """Score with the COCO metric; ``per_class[i]`` is that of ``scored_classes[i]``."""
+    return engine.score(collected.truths, collected.detections, len(collected.scored_classes))
+
+
+def score_voc(collected: Collected, rules: VocRules) -> VocResult:
+    """Score with the VOC metric; ``per_class[i]`` is that of ``scored_classes[i]``."""
+    classes = len(collected.scored_classes)
+    return evaluate_voc(collected.truths, collected.detections, classes, difficult=collected.difficult, rules=rules)
+
+
+def resample(collected: Collected, drawn: NDArray[np.int64], rules: VocRules | None) -> Rounds:
+    """Score drawings of the pictures with the VOC metric of ``rules``, or the COCO metric where there are none.
+
+    Args:
+        collected: what was found.
+        drawn: int64[R, P], how often each of ``collected.records`` was drawn.
+        rules: see `VocRules`.
+
+    Returns:
+        the numbers; row 0 is of the pictures as they are.
+    """
+    found = (collected.truths, collected.detections, len(collected.scored_classes), drawn)
+    if rules is None:
+        return resample_coco(*found)
+    return resample_voc(*found, difficult=collected.difficult, rules=rules)
+
+
+def coco_notes(collected: Collected) -> tuple[str, ...]:
+    """Tell what the COCO metric does not tell apart."""
+    notes = []
+    difficult = sum(int((r.difficult & ~r.crowd).sum()) for r in collected.records)
+    if difficult:
+        notes.append(f"{difficult:,} difficult objects count like all others: the COCO metric knows no difficult ones")
+    if not any((~r.crowd).any() for r in collected.records):
+        notes.append(_NO_OBJECT)
+    return tuple(notes)
+
+
+def voc_notes(collected: Collected) -> tuple[str, ...]:
+    """Tell what the VOC metric leaves out."""
+    notes = []
+    difficult = sum(int(r.difficult.sum()) for r in collected.records)
+    crowds = sum(int((r.crowd & ~r.difficult).sum()) for r in collected.records)
+    if difficult:
+        notes.append(f"{difficult:,} difficult objects count neither as found nor as missed")
+    if crowds:
+        notes.append(f"{crowds:,} crowds count as difficult objects: the VOC metric knows no crowds")
+    if not any((~r.crowd & ~r.difficult).any() for r in collected.records):
+        notes.append(_NO_OBJECT)
+    return tuple(notes)
+
+
+def in_classes_of(other: Collected, collected: Collected) -> Collected:
+    """Give detections the labels of others of the same data set, so that the two can be compared.
+
+    Args:
+        other: to be relabelled.
+        collected: what it is to be compared with, of the same data set.
+
+    Returns:
+        ``other`` with the class order of ``collected``; its ``truths`` are then equal to those of ``collected``.
+
+    Raises:
+        DataError: the two do not score the same classes.
+    """
+    same = set(other.scored_classes) == set(collected.scored_classes)
+    ours, theirs = ([name if same else canonical_name(name) for name in c.scored_classes] for c in (collected, other))
+    if sorted(ours) != sorted(theirs) or len(set(ours)) != len(ours):
+        raise DataError(
+            f"the two sets of detections score different classes: {listed(collected.scored_classes)}; and "
+            f"{listed(other.scored_classes)}",
+            "compare detections of the same classes",
+        )
+    labels = np.array([0, *(ours.index(name) + 1 for name in theirs)], dtype=np.int64)
+    truths = tuple(replace(t, labels=labels[t.labels]) for t in other.truths)
+    if any(not np.array_equal(t.labels, o.labels) for t, o in zip(truths, collected.truths, strict=True)):
+        raise DataError(
+            "the two sets of detections do not give the objects of the data set the same classes",
+            "compare detections of the same classes",
+        )
+    detections = tuple(replace(d, labels=labels[d.labels]) for d in other.detections)
+    return replace(other, scored_classes=collected.scored_classes, truths=truths, detections=detections)
+
+
+def _pair(dataset: Dataset, classes: Classes) -> _Paired:
+    if not dataset.records:
+        raise DataError(f"{dataset.name} has no pictures to score", "name another data set or split")
+    renamed = remap(dataset, classes)
+    match = match_classes(classes, dataset.classes)
     scored = np.zeros(len(classes) + 1, dtype=np.int64)
     for place, name in enumerate(match.shared, start=1):
         scored[classes.names.index(name) + 1] = place
-    # Numbered by place: pictures of joined data sets may share an id.
-    result = evaluate_coco(
-        [_truth(i, record, scored) for i, record in enumerate(records)],
-        [_reported(i, detections, classes, scored) for i, detections in enumerate(found)],
-        len(match.shared),
-    )
-    merged = _merged(match, classes, dataset.classes)
-    return Evaluation(
-        result=result,
-        scored_classes=match.shared,
-        complete=renamed.objects == dataset.objects and not merged,
-        pictures=tuple(
-            PictureResult(r.image_id, r.file_name, r.width, r.height, d) for r, d in zip(records, found, strict=True)
+    records = tuple(sorted(renamed.records, key=lambda r: (r.image_id, r.file_name, r.path)))
+    return _Paired(renamed, records, match, scored)
+
+
+def _collected(
+    paired: _Paired,
+    dataset: Dataset,
+    detections: Sequence[PictureDetections],
+    *,
+    pictures: tuple[PictureResult, ...] = (),
+    seconds: float | None = None,
+    notes: tuple[str, ...] = (),
+) -> Collected:
+    classes = paired.dataset.classes
+    merged = _merged(paired.match, classes, dataset.classes)
+    return Collected(
+        classes=classes,
+        scored_classes=paired.match.shared,
+        complete=paired.dataset.objects == dataset.objects and not merged,
+        records=paired.records,
+        truths=tuple(
+            PictureTruth(i, r.boxes, paired.scored[r.labels], r.areas, r.crowd) for i, r in enumerate(paired.records)
         ),
+        difficult=tuple(r.difficult for r in paired.records),
+        detections=tuple(detections),
+        pictures=pictures,
         objects=dataset.objects,
         seconds=seconds,
-        notes=(*renamed.notes, *merged, *_remarks(renamed, match)),
+        notes=(*paired.dataset.notes, *merged, *_unscored(paired.match), *notes),
     )
+
+
+class _Placed(NamedTuple):
+    """int64[N], the place of each detection's picture, and what there is to say."""
+
+    places: NDArray[np.int64]
+    notes: tuple[str, ...]
+
+
+def _places(saved: SavedDetections, records: Sequence[Record], name: str) -> _Placed:
+    """Find the pictures of saved detections in the data set."""
+    if saved.pictures is None:
+        place_of = _by(name, [r.image_id for r in records])
+        asked: dict[int, Hashable] = {i: i for i in saved.image_ids.tolist()}
+    else:
+        file_names = [r.file_name for r in records]
+        if len(set(file_names)) == len(file_names):
+            _refuse_repeated(saved)
+            place_of, asked = _by(name, file_names), dict(saved.pictures)
+        else:
+            place_of = _by(name, [(r.image_id, r.file_name) for r in records])
+            asked = {i: (i, file_name) for i, file_name in saved.pictures.items()}
+    unknown = [i for i in sorted(asked) if asked[i] not in place_of]
+    if unknown:
+        shown = _ids(unknown) if saved.pictures is None else listed([saved.pictures[i] for i in unknown], 5)
+        what = "with image id" if saved.pictures is None else "named"
+        raise DataError(
+            f"{saved.path}: {name} has no picture {what} {shown}",
+            "score detections on the data that they were made on; is it another split?",
+        )
+    notes: tuple[str, ...] = ()
+    if saved.pictures is not None and (absent := len(place_of) - len({asked[i] for i in asked})):
+        notes = (f"{absent:,} of {len(records):,} pictures are not in {saved.path}: their objects count as missed",)
+    places = {i: place_of[key] for i, key in asked.items()}
+    return _Placed(np.array([places[i] for i in saved.image_ids.tolist()], dtype=np.int64), notes)
+
+
+def _refuse_repeated(saved: SavedDetections) -> None:
+    repeated = [name for name, count in Counter((saved.pictures or {}).values()).items() if count > 1]
+    if repeated:
+        raise DataError(f"{saved.path} lists pictures more than once: {listed(repeated, 5)}", "list each picture once")
+
+
+def _by(name: str, keys: Sequence[Hashable]) -> dict[Hashable, int]:
+    place_of = {key: place for place, key in enumerate(keys)}
+    if len(place_of) != len(keys):
+        raise DataError(
+            f"{name} has pictures that cannot be told apart by image id or file name",
+            "give each picture its own image id",
+        )
+    return place_of
+
+
+def _ids(values: Sequence[int]) -> str:
+    return listed([str(value) for value in values], 10)
 
 
 def _batches(records: Sequence[Record], batch: int, workers: int) -> Iterator[list[NDArray[np.uint8]]]:
@@ -158,10 +453,6 @@ def _read_ahead(records: Sequence[Record], workers: int, ahead: int) -> Generato
                 future.cancel()
 
 
-def _truth(image_id: int, record: Record, scored: NDArray[np.int64]) -> PictureTruth:
-    return PictureTruth(image_id, record.boxes, scored[record.labels], record.areas, record.crowd)
-
-
 def _reported(image_id: int, detections: Detections, classes: Classes, scored: NDArray[np.int64]) -> PictureDetections:
     rows = detection_rows(detections, classes)
     boxes = np.array([box for box, _, _ in rows], dtype=np.float64).reshape(-1, 4)
@@ -183,14 +474,10 @@ def _merged(match: ClassMatch, classes: Classes, data: Classes) -> tuple[str, ..
     )
 
 
-def _remarks(dataset: Dataset, match: ClassMatch) -> Iterator[str]:
-    if match.only_in_model:
-        yield (
-            f"{len(match.only_in_model):,} classes of the detector are not in the data and are not scored: "
-            f"{listed(match.only_in_model)}"
-        )
-    difficult = sum(int((r.difficult & ~r.crowd).sum()) for r in dataset.records)
-    if difficult:
-        yield f"{difficult:,} difficult objects count like all others: the COCO metric knows no difficult ones"
-    if not any((~r.crowd).any() for r in dataset.records):
-        yield "there is no object to be found, so there are no numbers"
+def _unscored(match: ClassMatch) -> tuple[str, ...]:
+    if not match.only_in_model:
+        return ()
+    return (
+        f"{len(match.only_in_model):,} classes of the detector are not in the data and are not scored: "
+        f"{listed(match.only_in_model)}",
+    )

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from refinedet_cli.core.config import Classes, DetectorConfig
-from refinedet_cli.core.postprocess import suppress, to_detections
+from refinedet_cli.core.config import Classes, DetectorConfig, PreprocessConfig
+from refinedet_cli.core.multi_scale import ScaleSchedule
+from refinedet_cli.core.postprocess import soften, suppress, to_detections
 from refinedet_cli.core.preprocess import preprocess
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.engine.device import Precision
@@ -27,7 +29,10 @@ class Predictor:
 
     Attributes:
         loaded, device, precision: as given.
+        schedule: of multi-scale testing; None where a picture is looked at once.
     """
+
+    schedule: ScaleSchedule | None = None
 
     def __init__(self, loaded: LoadedDetector, *, device: torch.device, precision: Precision) -> None:
         self.loaded = loaded
@@ -61,20 +66,39 @@ class Predictor:
         Raises:
             ValueError: a picture is not uint8[H, W, 3].
         """
-        for i, image in enumerate(images):
-            _check(image, i)
+        sizes = picture_sizes(images)
         if not images:
             return []
-        config = self.config
+        post = self.config.postprocess
+        found = self._find(self._inputs(images, self.config.preprocess), sizes)
+        if post.soft_nms_iou is None:
+            return found
+        return [soften(detections, post.soft_nms_iou, post.score_threshold) for detections in found]
+
+    def _inputs(self, images: Sequence[NDArray[np.uint8]], config: PreprocessConfig) -> Tensor:
+        """Make network input float32[B, 3, height, width] of checked pictures."""
+        # A read-only or mirrored array has no tensor view, so these are copied.
+        pixels = (torch.from_numpy(np.require(image, requirements=["C", "W"])) for image in images)
+        return torch.stack([preprocess(image, config) for image in pixels]).to(self.device)
+
+    def _find(self, inputs: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Detections]:
+        """Run the network, decode and suppress; ``sizes`` are the heights and widths of the pictures, px-img."""
         with torch.inference_mode(), _exact_convolutions():
-            # A read-only or mirrored array has no tensor view, so these are copied.
-            pixels = (torch.from_numpy(np.require(image, requirements=["C", "W"])) for image in images)
-            inputs = torch.stack([preprocess(image, config.preprocess) for image in pixels])
-            inputs = inputs.to(self.device).contiguous(memory_format=torch.channels_last)
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
                 raw = self._network(inputs)
-            found = suppress(self.loaded.detector.decoder(raw), config.postprocess)
-            return to_detections(found, [(image.shape[0], image.shape[1]) for image in images])
+            return to_detections(suppress(self.loaded.detector.decoder(raw), self.config.postprocess), sizes)
+
+
+def picture_sizes(images: Sequence[NDArray[np.uint8]]) -> list[tuple[int, int]]:
+    """Check pictures and give their heights and widths.
+
+    Raises:
+        ValueError: a picture is not uint8[H, W, 3].
+    """
+    for i, image in enumerate(images):
+        _check(image, i)
+    return [(image.shape[0], image.shape[1]) for image in images]
 
 
 def _check(image: NDArray[np.uint8], i: int) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from refinedet_cli.data.files import write_whole
 from refinedet_cli.data.images import read_image
+from refinedet_cli.engine.anchor_refinement import Refinement
 from refinedet_cli.engine.reasons import MEANINGS, Reasons
 from refinedet_cli.metrics.curves import Curve
 from refinedet_cli.metrics.error_kinds import KINDS
@@ -68,6 +69,7 @@ class Page:
         columns: headings of the numbers of each class.
         rows: for each class of ``reasons.names`` its numbers under those headings.
         reasons: what lies behind them.
+        refinement: what moving the anchors twice does, where it was measured.
         pictures: those that were scored, in the order in which ``reasons`` were found.
         facts: settings and provenance, name and value.
     """
@@ -78,6 +80,7 @@ class Page:
     columns: Sequence[str]
     rows: Sequence[Sequence[float | None]]
     reasons: Reasons
+    refinement: Refinement | None
     pictures: Sequence[SourcePicture]
     facts: Sequence[tuple[str, str]]
 
@@ -138,9 +141,40 @@ def render(page: Page) -> str:
         curves=_drawn_curves(reasons),
         gallery=gallery(reasons, page.pictures),
         meanings=MEANINGS,
+        steps=refinement_steps(page.refinement),
         most_gain=max((k.gain or 0 for k in reasons.errors.kinds), default=0) or 1,
         most_confused=max(1, int(_off_diagonal(reasons.confusion).max(initial=0))),
     )
+
+
+@dataclass(frozen=True)
+class StepShares:
+    """Objects that boxes of one step cover well enough, and those that no earlier step did.
+
+    Attributes:
+        name: of the step.
+        share50, share75: of all objects, at IoU 0.5 and 0.75.
+        gained50, gained75: objects that this step alone brought there, in numbers.
+    """
+
+    name: str
+    share50: float
+    share75: float
+    gained50: int
+    gained75: int
+
+
+def refinement_steps(refinement: Refinement | None) -> list[StepShares]:
+    """Tell what each step does for the objects, the anchors first; nothing where it was not measured."""
+    steps = refinement.steps if refinement is not None else ()
+    shares = []
+    for i, step in enumerate(steps):
+        gained = [
+            int(((step.best_iou >= iou) & ~np.any([s.best_iou >= iou for s in steps[:i]], axis=0)).sum()) if i else 0
+            for iou in (0.5, 0.75)
+        ]
+        shares.append(StepShares(step.name, step.share(0.5), step.share(0.75), *gained))
+    return shares
 
 
 def gallery(reasons: Reasons, pictures: Sequence[SourcePicture]) -> list[Shown]:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import PIL
+from numpy.typing import NDArray
 
 from refinedet_cli import __version__
-from refinedet_cli.core.config import Classes
+from refinedet_cli.core.config import Classes, to_dict
+from refinedet_cli.core.multi_scale import ScaleSchedule
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.data.files import write_json
+from refinedet_cli.data.images import open_regular
+from refinedet_cli.errors import DataError
 from refinedet_cli.zoo.checkpoint import LoadedDetector, file_sha256
 
 RESULTS_NAME = "detections.json"
 
 _BOX_DECIMALS = 3
 _SCORE_DECIMALS = 6
+# No picture is as large; beyond it, areas would overflow.
+_MAX_PIXEL = 2**31
+_MAX_INT = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class Origin:
         precision: "fp32" or "bf16".
         decoder: what turned files into pixels.
         score_threshold: detections below it were left out.
+        multi_scale: the passes over each picture and their voting; None where it was looked at once.
     """
 
     weights: str
@@ -40,6 +52,7 @@ class Origin:
     precision: str
     decoder: str
     score_threshold: float
+    multi_scale: ScaleSchedule | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,9 @@ class ClassCount:
     best_score: float
 
 
-def origin_of(loaded: LoadedDetector, *, precision: str, score_threshold: float) -> Origin:
+def origin_of(
+    loaded: LoadedDetector, *, precision: str, score_threshold: float, multi_scale: ScaleSchedule | None = None
+) -> Origin:
     """Describe a detector as it is used, hashing its weights file."""
     return Origin(
         weights=loaded.path.name,
@@ -102,6 +117,7 @@ def origin_of(loaded: LoadedDetector, *, precision: str, score_threshold: float)
         precision=precision,
         decoder=f"Pillow {PIL.__version__}, full size",
         score_threshold=score_threshold,
+        multi_scale=multi_scale,
     )
 
 
@@ -186,6 +202,7 @@ def results_document(
             "precision": origin.precision,
             "decoder": origin.decoder,
             "score_threshold": origin.score_threshold,
+            "multi_scale": None if origin.multi_scale is None else to_dict(origin.multi_scale),
             "complete": complete,
             "failures": [{"file_name": f.file_name, "reason": f.reason} for f in failures],
         },
@@ -238,3 +255,190 @@ def detection_rows(detections: Detections, classes: Classes) -> list[tuple[list[
 def rounded_score(score: float) -> float:
     """Round a score to the decimals that are written."""
     return round(score, _SCORE_DECIMALS)
+
+
+@dataclass(frozen=True, eq=False)
+class SavedDetections:
+    """Detections read from a file.
+
+    Attributes:
+        path: the file.
+        sha256: of its content.
+        format: "detections.json", a COCO data set with scores, or "results list", the list that COCO's tools exchange.
+        classes: those of a detections.json; None for a results list, whose category ids are those of the data set.
+        pictures: file name by image id, of a detections.json; None for a results list.
+        info: what a detections.json says of how it was made; may be empty.
+        image_ids, category_ids: int64[N], in the file's order.
+        boxes: float64[N, 4], xyxy, px-img, as in the file: they may reach out of the picture and have no area.
+        scores: float64[N], any finite numbers.
+        notes: what one should know of the file, one line each.
+    """
+
+    path: Path
+    sha256: str
+    format: Literal["detections.json", "results list"]
+    classes: Classes | None
+    pictures: Mapping[int, str] | None
+    info: Mapping[str, Any]
+    image_ids: NDArray[np.int64]
+    category_ids: NDArray[np.int64]
+    boxes: NDArray[np.float64]
+    scores: NDArray[np.float64]
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+def read_results(path: Path) -> SavedDetections:
+    """Read saved detections: a file as `write_results` writes it, or a list of COCO results.
+
+    Raises:
+        DataError: the file cannot be read, or an entry is not what it should be; names the file, the entry and the
+            value. A score or a box that is not finite and a size below 0 are refused, for no number could be right.
+    """
+    with open_regular(path) as file:
+        content = file.read()
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({error})", "was it copied whole?") from None
+    sha256 = hashlib.sha256(content).hexdigest()
+    if isinstance(document, list):
+        rows = _detection_columns(document, str(path))
+        return SavedDetections(path, sha256, "results list", None, None, {}, *rows.arrays())
+    if not isinstance(document, dict) or any(k not in document for k in ("images", "categories", "annotations")):
+        raise DataError(
+            f"{path} holds no detections",
+            "expected a detections.json, or a list of COCO results with image_id, category_id, bbox and score",
+        )
+    pictures = _picture_names(_list(document, "images", path), path)
+    classes = _saved_classes(_list(document, "categories", path), path)
+    rows = _detection_columns(_list(document, "annotations", path), f"{path}: annotations")
+    known = set(classes.category_ids)
+    for index, (image_id, category_id) in enumerate(zip(rows.image_ids, rows.category_ids, strict=True)):
+        if image_id not in pictures or category_id not in known:
+            kind, value = ("image", image_id) if image_id not in pictures else ("category", category_id)
+            raise DataError(f"{path}: annotations[{index}]: there is no {kind} with id {value} in the file")
+    info = document.get("info")
+    info = info if isinstance(info, dict) else {}
+    notes = _notes(info, path)
+    return SavedDetections(path, sha256, "detections.json", classes, pictures, info, *rows.arrays(), notes)
+
+
+class _Arrays(NamedTuple):
+    image_ids: NDArray[np.int64]
+    category_ids: NDArray[np.int64]
+    boxes: NDArray[np.float64]
+    scores: NDArray[np.float64]
+
+
+@dataclass
+class _Columns:
+    """Entries as columns; boxes are xywh."""
+
+    image_ids: list[int] = field(default_factory=list)
+    category_ids: list[int] = field(default_factory=list)
+    boxes: list[list[float]] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+
+    def arrays(self) -> _Arrays:
+        boxes = np.array(self.boxes, dtype=np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        image_ids, category_ids = np.array(self.image_ids, np.int64), np.array(self.category_ids, np.int64)
+        return _Arrays(image_ids, category_ids, boxes, np.array(self.scores, np.float64))
+
+
+def _detection_columns(entries: list[Any], where: str) -> _Columns:
+    columns = _Columns()
+    for index, entry in enumerate(entries):
+        place = f"{where}[{index}]"
+        columns.image_ids.append(_whole(entry, "image_id", place))
+        columns.category_ids.append(_whole(entry, "category_id", place))
+        box, score = _get(entry, "bbox", place), _get(entry, "score", place)
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_pixel, box)) or box[2] < 0 or box[3] < 0:
+            raise DataError(
+                f"{place}: bbox is {_shown(box)}",
+                "it must be left, top, width and height in pixels, finite, width and height not negative",
+            )
+        if not _is_number(score) or not math.isfinite(score):
+            raise DataError(f"{place}: score is {_shown(score)}", "it must be a finite number")
+        columns.boxes.append([float(v) for v in box])
+        columns.scores.append(float(score))
+    return columns
+
+
+def _picture_names(entries: list[Any], path: Path) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for index, entry in enumerate(entries):
+        where = f"{path}: images[{index}]"
+        identity, name = _whole(entry, "id", where), _get(entry, "file_name", where)
+        if not isinstance(name, str):
+            raise DataError(f"{where}: file_name is {_shown(name)}", "it must be the path of a picture")
+        if identity in names:
+            raise DataError(f"{where}: image id {identity} is there already", "give each picture its own id")
+        names[identity] = name
+    return names
+
+
+def _saved_classes(entries: list[Any], path: Path) -> Classes:
+    names: dict[int, str] = {}
+    for index, entry in enumerate(entries):
+        where = f"{path}: categories[{index}]"
+        identity, name = _whole(entry, "id", where), _get(entry, "name", where)
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(f"{where}: name is {_shown(name)}", "give the class a name")
+        if identity in names or name in names.values():
+            raise DataError(f"{where}: id {identity} or the name {name!r} is there already", "list each class once")
+        names[identity] = name
+    if not names:
+        raise DataError(f"{path} has no categories", "list the classes with id and name")
+    return Classes(names=tuple(names.values()), category_ids=tuple(names))
+
+
+def _notes(info: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    notes = []
+    if info.get("complete") is False:
+        notes.append(f"{path} is of a run that was stopped before its end")
+    if isinstance(failures := info.get("failures"), list) and failures:
+        notes.append(f"{path} is of a run in which {len(failures):,} pictures failed")
+    return tuple(notes)
+
+
+def _list(document: Mapping[str, Any], key: str, path: Path) -> list[Any]:
+    entries = document[key]
+    if not isinstance(entries, list):
+        raise DataError(f"{path}: {key} is {_shown(entries)}", "it must be a list")
+    return entries
+
+
+def _get(entry: object, key: str, where: str) -> Any:
+    if not isinstance(entry, dict):
+        raise DataError(f"{where} is {_shown(entry)}", "it must be an object")
+    if key not in entry:
+        cure = "is this the data set instead of detections?" if key == "score" else f"add {key!r}, or remove the entry"
+        raise DataError(f"{where} has no {key!r}", cure)
+    return entry[key]
+
+
+def _whole(entry: object, key: str, where: str) -> int:
+    """A whole number of 64 bits; 3.0 passes, for tools that go through tables write ids so."""
+    value = _get(entry, key, where)
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    if type(value) is not int or abs(value) > _MAX_INT:
+        raise DataError(f"{where}: {key} is {_shown(value)}", "it must be a whole number")
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) <= _MAX_INT)
+
+
+def _is_pixel(value: Any) -> bool:
+    return _is_number(value) and abs(value) <= _MAX_PIXEL
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

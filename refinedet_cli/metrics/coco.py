@@ -14,8 +14,9 @@ from pycocotools.cocoeval import COCOeval
 
 from refinedet_cli.metrics.outcomes import Outcomes
 
-# Places in pycocotools' arrays: area range "all", at most 100 detections, IoU 0.5 and 0.75.
-_ALL_AREAS, _MAX_100 = 0, 2
+# Places in pycocotools' arrays: area ranges, at most 1, 10 and 100 detections, IoU 0.5 and 0.75; and how many IoUs.
+_ALL_AREAS, _SMALL, _MEDIUM, _LARGE = 0, 1, 2, 3
+_MAX_1, _MAX_10, _MAX_100 = 0, 1, 2
 _IOU_50, _IOU_75, _IOUS = 0, 5, 10
 
 # Best detections of a class in a picture that count.
@@ -154,14 +155,49 @@ def evaluate_coco(
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
         evaluator.evaluate()
         evaluator.accumulate()
-        evaluator.summarize()
-    precision, recall = evaluator.eval["precision"], evaluator.eval["recall"]
+    arrays = evaluator.eval
+    return assemble(truths, detections, class_count, arrays["precision"], arrays["recall"], arrays["scores"])
+
+
+def assemble(
+    truths: Sequence[PictureTruth],
+    detections: Sequence[PictureDetections],
+    class_count: int,
+    precision: NDArray[np.float64],
+    recall: NDArray[np.float64],
+    scores: NDArray[np.float64],
+) -> CocoResult:
+    """Sum up the three arrays that the COCO metric comes to, whoever computed them.
+
+    Args:
+        truths: as for `evaluate_coco`.
+        detections: as for `evaluate_coco`.
+        class_count: labels are 1..class_count.
+        precision: as in `CocoResult`.
+        recall: as in `CocoResult`.
+        scores: as in `CocoResult`.
+
+    Returns:
+        the result; its twelve numbers are to the bit those that ``pycocotools`` prints for these arrays.
+    """
     counted = np.concatenate([np.zeros(0, np.int64), *(t.labels[~t.crowd] for t in truths)])
     reported = np.concatenate([np.zeros(0, np.int64), *(d.labels for d in detections)])
     objects_of = np.bincount(counted, minlength=class_count + 1)
     detections_of = np.bincount(reported, minlength=class_count + 1)
+    best = precision[:, :, :, _ALL_AREAS, _MAX_100]  # [T, R, K]
     return CocoResult(
-        **dict(zip(_SUMMARY, (_number(value) for value in evaluator.stats), strict=True)),
+        AP=_mean(best),
+        AP50=_mean(best[_IOU_50]),
+        AP75=_mean(best[_IOU_75]),
+        AP_small=_mean(precision[:, :, :, _SMALL, _MAX_100]),
+        AP_medium=_mean(precision[:, :, :, _MEDIUM, _MAX_100]),
+        AP_large=_mean(precision[:, :, :, _LARGE, _MAX_100]),
+        AR1=_mean(recall[:, :, _ALL_AREAS, _MAX_1]),
+        AR10=_mean(recall[:, :, _ALL_AREAS, _MAX_10]),
+        AR100=_mean(recall[:, :, _ALL_AREAS, _MAX_100]),
+        AR_small=_mean(recall[:, :, _SMALL, _MAX_100]),
+        AR_medium=_mean(recall[:, :, _MEDIUM, _MAX_100]),
+        AR_large=_mean(recall[:, :, _LARGE, _MAX_100]),
         per_class=tuple(
             _class_result(label, precision, recall, int(objects_of[label]), int(detections_of[label]))
             for label in range(1, class_count + 1)
@@ -169,7 +205,7 @@ def evaluate_coco(
         pictures=len(truths),
         precision=precision,
         recall=recall,
-        scores=evaluator.eval["scores"],
+        scores=scores,
     )
 
 
@@ -232,8 +268,10 @@ def check_pictures(truths: Sequence[PictureTruth], detections: Sequence[PictureD
         raise ValueError("a picture appears twice")
     if expected != received:
         raise ValueError(f"pictures {sorted(expected ^ received)[:5]} are in one of truths and detections, not in both")
-    for picture in (*truths, *detections):
+    for picture in truths:
         _check_labels(picture.labels, picture.image_id, class_count)
+    for found in detections:
+        _check_labels(found.labels, found.image_id, class_count)
 
 
 def _evaluator(truths: Sequence[PictureTruth], detections: Sequence[PictureDetections], class_count: int) -> COCOeval:
@@ -243,12 +281,6 @@ def _evaluator(truths: Sequence[PictureTruth], detections: Sequence[PictureDetec
         _Index([d.image_id for d in detections], class_count, _detection_entries(detections)),
         iouType="bbox",
     )
-
-
-_SUMMARY = (
-    "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
-    "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large",
-)  # fmt: skip
 
 
 class _Index:
@@ -317,10 +349,6 @@ def _class_result(
 def _mean(values: NDArray[np.float64]) -> float | None:
     present = values[values > -1]
     return float(present.mean()) if present.size else None
-
-
-def _number(value: float) -> float | None:
-    return None if value == -1 else float(value)
 
 
 def _check_boxes(boxes: NDArray[Any], image_id: int) -> int:

@@ -1,8 +1,9 @@
-"""How sure a number is: intervals by drawing the pictures anew, for one set of detections and for the difference of two.
+"""How sure a number is: intervals by drawing the pictures anew, for one set of detections or the difference of two.
 
 The bootstrap over pictures: as many pictures as there are get drawn with repetition, many times over, and each drawing
-is scored. The spread of its scores tells how far the number would move had other pictures of the same kind been taken.
-It does not tell how far another training run would move it.
+is scored. The spread of the scores tells how far the number would move had other pictures of the same kind been taken,
+not how far another training run would move it. A class with few objects has an interval that is too narrow: what the
+pictures do not show, drawing them again cannot show.
 """
 
 from __future__ import annotations
@@ -269,9 +270,7 @@ def _least_counts(objects: NDArray[np.int64]) -> NDArray[np.int64]:
     """The least number of found objects that reaches each recall, int64[B, 101], as floats compare."""
     total = np.maximum(objects, 1)[:, None]
     least = np.floor(_RECALLS * total).astype(np.int64)
-    least += least / total < _RECALLS
-    least -= (least - 1) / total >= _RECALLS
-    return np.maximum(least, 0)
+    return least + (least / total < _RECALLS)
 
 
 def _first_reaching(found: NDArray[np.int64], needed: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -279,8 +278,8 @@ def _first_reaching(found: NDArray[np.int64], needed: NDArray[np.int64]) -> NDAr
     # One search for all rows: each row lies above the one before.
     step = 1 + max(int(found.max(initial=0)), int(needed.max(initial=0)))
     rows, hits = np.arange(len(found))[:, None], found.shape[1]
-    places = np.searchsorted((found + rows * step).ravel(), needed + rows * step)
-    return places - rows * hits
+    places: NDArray[np.int64] = np.searchsorted((found + rows * step).ravel(), needed + rows * step) - rows * hits
+    return places
 
 
 def _chunks(drawn: NDArray[np.int64]) -> Iterator[tuple[range, NDArray[np.int64]]]:

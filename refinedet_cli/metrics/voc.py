@@ -260,7 +260,8 @@ def _overlaps(boxes: NDArray[np.floating[Any]], objects: NDArray[np.float64], pi
     height = np.minimum(bottom, ymax) - np.maximum(top, ymin) + extra
     shared = np.maximum(width, 0.0) * np.maximum(height, 0.0)
     both = (right - left + extra) * (bottom - top + extra) + (xmax - xmin + extra) * (ymax - ymin + extra) - shared
-    return np.divide(shared, both, out=np.zeros_like(shared), where=shared > 0)
+    values: NDArray[np.float64] = np.divide(shared, both, out=np.zeros_like(shared), where=shared > 0)
+    return values
 
 
 def _class_result(label: int, matched: Outcomes, difficult: int, average: Average) -> VocClassResult:

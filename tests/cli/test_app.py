@@ -21,7 +21,7 @@ from refinedet_cli import errors
 from refinedet_cli.cli import app as app_module
 from refinedet_cli.cli.output import Output
 
-COMMANDS = ("detect", "eval", "train")
+COMMANDS = ("anchors", "detect", "eval", "train")
 PROBE = "import sys; {}; print(*sorted({{'torch', 'torchvision', 'numpy', 'PIL', 'matplotlib'}} & set(sys.modules)))"
 
 

@@ -238,6 +238,8 @@ def test_all_failed(detect, tmp_path, flags):
         (("{tmp}/photos", "--out", "{tmp}/photos/one.jpg/below"), 2, "is a file"),
         (("{tmp}/photos", "--score", "2"), 2, "--score"),
         (("{tmp}/photos", "--batch", "0"), 2, "--batch"),
+        (("{tmp}/photos", "--multi-scale", "vox"), 3, "vox"),
+        (("{tmp}/photos", "--multi-scale", "{tmp}/photos/one.jpg"), 3, "one.jpg"),
         (("{tmp}/photos", "--weights", "{tmp}/photos/one.jpg"), 5, "one.jpg"),
         (("{tmp}/photos", "--weights", "no-such-weights"), 5, "no-such-weights"),
         ((), 2, "SOURCES"),
@@ -305,6 +307,43 @@ def test_bf16_is_recorded(run, weights, photos):
     assert json.loads(run(*args).stdout)["origin"]["precision"] == "bf16"
 
 
+def test_multi_scale_is_announced_recorded_and_summed_up(detect, photos, tmp_path):
+    picture = photos / "one.jpg"
+    code, stdout, stderr = detect(picture, "--multi-scale", "voc", "--out", tmp_path / "out")
+    assert code == 0
+    # So few because the factors of 64 px are rounded to multiples of 64.
+    assert "multi-scale voc: 4 passes a picture: 64, 128 px, each mirrored too; 10 times the pixels" in stderr
+    assert stdout.rstrip().endswith("pictures/s, 4 passes a picture (multi-scale voc)")
+    written = json.loads((tmp_path / "out" / "detections.json").read_text())
+    schedule = written["info"]["multi_scale"]
+    assert (schedule["name"], schedule["voting"]) == ("voc", "average")
+    assert [(p["size"], p["mirror"], p["min_side_below"]) for p in schedule["passes"]] == [
+        (64, True, None),
+        (128, True, 96.0),
+    ]
+    finished = detect(picture, "--multi-scale", "voc", "--json", "--quiet")
+    assert finished.stderr == ""
+    document, once = json.loads(finished.stdout), json.loads(detect(picture, "--json").stdout)
+    assert document["origin"]["multi_scale"] == schedule
+    assert document["objects"] == len(written["annotations"]) > 0
+    assert once["origin"]["multi_scale"] is None
+    assert once["pictures"][0]["detections"] != document["pictures"][0]["detections"]
+
+
+def test_a_schedule_file_that_makes_one_look_finds_the_same(detect, photos, tmp_path):
+    (tmp_path / "one.toml").write_text("voting_iou = 1.0\n[[passes]]\nsize = 64\nmirror = false\n")
+    finished = detect(photos, "--multi-scale", tmp_path / "one.toml", "--json")
+    assert "multi-scale one.toml: 1 pass a picture: 64 px; 1 times the pixels" in finished.stderr
+    one, plain = json.loads(finished.stdout), json.loads(detect(photos, "--json").stdout)
+    assert one["origin"]["multi_scale"]["name"] == "one.toml"
+    assert one["pictures"] == plain["pictures"]
+
+
+def test_limits_that_large_pictures_defeat_are_remarked_on(detect, tmp_path):
+    Image.new("RGB", (1100, 40)).save(tmp_path / "long.png")
+    assert "1 picture has a side above 1,000 px" in detect(tmp_path / "long.png", "--multi-scale", "voc").stderr
+
+
 def test_a_score_below_the_detectors_own_is_remarked_on(run, weights, photos):
     args = ("detect", photos, "--weights", weights, "--device", "cpu", "--score", 0.001)
     assert "keeps nothing that scores below 0.01" in run(*args).stderr
@@ -330,5 +369,15 @@ def test_help_explains_with_examples(run):
     code, stdout, _ = run("detect", "--help")
     assert code == 0
     assert stdout.count("refinedet detect ") >= 3
-    for option in ("--out", "--no-draw", "--weights", "--score", "--device", "--precision", "--batch", "--json"):
+    for option in (
+        "--out",
+        "--no-draw",
+        "--weights",
+        "--score",
+        "--multi-scale",
+        "--device",
+        "--precision",
+        "--batch",
+        "--json",
+    ):
         assert option in stdout

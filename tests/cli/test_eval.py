@@ -235,6 +235,227 @@ def test_settings_are_told(evaluate: Run, data: Path) -> None:
     assert "preset paper: scores above 0.01, 400 candidates a picture" in stdout
 
 
+@pytest.fixture(scope="module")
+def found(weights: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The detections of val.json, saved by eval itself."""
+    from refinedet_cli.cli.app import main
+
+    out = tmp_path_factory.mktemp("found")
+    options = ("--weights", weights, "--device", "cpu", "--out", out, "--quiet")
+    assert main([str(a) for a in ("eval", "--dataset", data / "val.json", *options)]) == 0
+    return out / "detections.json"
+
+
+@pytest.fixture
+def saved(run: Run, data: Path) -> Run:
+    """Run ``refinedet eval --from`` on val.json."""
+    return lambda path, *args: run("eval", "--dataset", data / "val.json", "--from", path, *args)
+
+
+def changed(path: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    document = json.loads(path.read_text())
+    change(document)
+    target = tmp_path / "other.json"
+    target.write_text(json.dumps(document))
+    return target
+
+
+def rows_of(stdout: str) -> dict[str, list[str]]:
+    return {line.split()[0]: line.split() for line in stdout.splitlines() if line.strip()}
+
+
+def test_coco_conventions_are_in_the_document(saved: Run, found: Path) -> None:
+    document = of_json(saved(found, "--json"))
+    assert document["metric"] == "coco"
+    assert document["conventions"]["iou"] == "at least 0.50 to 0.95 in steps of 0.05"
+    assert (document["bootstrap"], document["comparison"]) == (None, None)
+
+
+@pytest.mark.parametrize("metric", ["coco", "voc2007", "voc2012"])
+def test_saved_detections_score_as_the_detector_does(
+    evaluate: Run, saved: Run, data: Path, found: Path, metric: str
+) -> None:
+    alive = of_json(evaluate(data / "val.json", "--json", "--metric", metric))
+    document = of_json(saved(found, "--json", "--metric", metric))
+    for key in ("metrics", "classes", "conventions", "complete", "dataset"):
+        assert document[key] == alive[key]
+    assert alive["from"] is None
+    assert document["from"]["format"] == "detections.json"
+    assert document["from"]["file"] == str(found)
+    assert document["from"]["detections"] == sum(c["detections"] for c in alive["classes"])
+    assert document["origin"]["weights"] == alive["origin"]["weights"] == "tiny.safetensors"
+    assert [document[k] for k in ("input_size", "postprocess", "device", "seconds", "pictures_per_second")] == [
+        None
+    ] * 5
+
+
+def test_the_table_of_saved_detections(saved: Run, found: Path, tmp_path: Path) -> None:
+    code, stdout, stderr = saved(found, "--out", tmp_path / "out")
+    assert (code, stderr) == (0, f"wrote {tmp_path / 'out' / 'metrics.json'}\n")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["metrics.json"]
+    assert f"{found}: " in stdout
+    assert " detections, sha256 " in stdout
+    assert "tiny.safetensors, preset tiny, precision fp32" in stdout
+    assert "pictures/s" not in stdout
+
+
+def test_a_list_of_results_with_the_ids_of_the_data(saved: Run, found: Path, tmp_path: Path) -> None:
+    ids = {7: 2, 3: 1}  # the detector's, by name those of the data
+    rows = json.loads(found.read_text())["annotations"]
+    kept = [{**a, "category_id": ids[a["category_id"]]} for a in rows]
+    (tmp_path / "results.json").write_text(json.dumps(kept))
+    document, own = of_json(saved(tmp_path / "results.json", "--json")), of_json(saved(found, "--json"))
+    assert document["metrics"] == own["metrics"]
+    assert [c["name"] for c in document["classes"]] == ["airplane", "dog"]
+    assert (document["from"]["format"], document["origin"]) == ("results list", None)
+
+
+def test_voc_numbers_are_never_called_ap_alone(saved: Run, found: Path) -> None:
+    code, stdout, _ = saved(found, "--metric", "voc2007")
+    assert code == 0
+    assert "VOC 2007 metric" in stdout
+    assert "11-point average, found at IoU at least 0.5, inclusive pixels (xmax - xmin + 1 px wide)" in stdout
+    rows = rows_of(stdout)
+    assert rows["Class"][:2] == ["Class", "AP_voc2007"]
+    document = of_json(saved(found, "--metric", "voc2007", "--json"))
+    (name,) = document["metrics"]
+    assert name == "mAP_voc2007"
+    assert rows[name][1] == f"{document['metrics'][name]:.3f}"
+    assert 0.02 < document["metrics"][name] < 0.98
+    dog = document["classes"][0]
+    keys = ["name", "category_id", "AP_voc2007", "objects", "difficult", "detections", "right", "wrong", "passed_over"]
+    assert list(dog) == keys
+    assert rows["dog"] == ["dog", f"{dog['AP_voc2007']:.3f}", *(str(dog[key]) for key in keys[3:])]
+    assert dog["right"] + dog["wrong"] + dog["passed_over"] == dog["detections"]
+    assert document["conventions"]["iou"] == "at least 0.5"
+    assert document["conventions"]["average_precision"].startswith("11-point")
+    area = of_json(saved(found, "--metric", "voc2012", "--json"))
+    assert area["conventions"]["average_precision"].startswith("area")
+    assert area["metrics"]["mAP_voc2012"] != document["metrics"]["mAP_voc2007"]
+
+
+def test_voc_conventions_can_be_chosen(run: Run, tmp_path: Path) -> None:
+    # The object is 10 x 10 px; the detection is its left half: 50 of 100 px, and 4 x 9 of 9 x 9 without the + 1.
+    document = document_of([(1, "dog", [0, 0, 10, 10])], {1: (20, 20)}, ("dog",))
+    (tmp_path / "val.json").write_text(json.dumps(document))
+    half = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 10], "score": 0.5}
+    (tmp_path / "half.json").write_text(json.dumps([half]))
+    call = (
+        "eval",
+        "--dataset",
+        tmp_path / "val.json",
+        "--from",
+        tmp_path / "half.json",
+        "--metric",
+        "voc2012",
+        "--json",
+    )
+    for options, value in (
+        ((), 1.0),
+        (("--voc-overlap", "above"), 0.0),
+        (("--voc-pixels", "continuous"), 0.0),
+        (("--voc-pixels", "inclusive", "--voc-overlap", "at-least"), 1.0),
+    ):
+        told = of_json(run(*call, *options))
+        assert told["metrics"] == {"mAP_voc2012": value}
+    assert told["conventions"]["pixels"].startswith("inclusive")
+    above = of_json(run(*call, "--voc-overlap", "above", "--voc-pixels", "continuous"))["conventions"]
+    assert (above["iou"], above["pixels"][:10]) == ("above 0.5", "continuous")
+
+
+def test_difficult_objects_are_told_of(run: Run, tmp_path: Path) -> None:
+    document = document_of([(1, "dog", [0, 0, 10, 10]), (1, "dog", [9, 9, 10, 10])], {1: (20, 20)}, ("dog",))
+    document["annotations"][1]["difficult"] = 1
+    (tmp_path / "val.json").write_text(json.dumps(document))
+    (tmp_path / "none.json").write_text("[]")
+    call = ("eval", "--dataset", tmp_path / "val.json", "--from", tmp_path / "none.json", "--metric", "voc2007")
+    finished = run(*call)
+    assert "1 difficult objects count neither as found nor as missed" in finished.stderr
+    assert f"{tmp_path / 'none.json'} holds no detection" in finished.stderr
+    document = of_json(run(*call, "--json", "--quiet"))
+    assert (document["dataset"]["difficult"], document["classes"][0]["objects"]) == (1, 1)
+    assert document["metrics"] == {"mAP_voc2007": 0.0}
+
+
+def test_intervals_stand_beside_the_numbers(saved: Run, found: Path) -> None:
+    document = of_json(saved(found, "--bootstrap", 200, "--json"))
+    boot = document["bootstrap"]
+    assert (boot["rounds"], boot["seed"], boot["drawn"], boot["confidence"]) == (200, 0, "pictures", 0.95)
+    assert list(boot["metrics"]) == ["AP", "AP50", "AP75"]
+    for name, number in boot["metrics"].items():
+        assert number["value"] == document["metrics"][name]
+        assert number["low"] < number["high"]
+        assert number["rounds"] == 200
+    for own, scored in zip(boot["classes"], document["classes"], strict=True):
+        assert own["name"] == scored["name"]
+        assert [own[n]["value"] for n in ("AP", "AP50")] == [scored[n] for n in ("AP", "AP50")]
+    assert boot == of_json(saved(found, "--bootstrap", 200, "--json"))["bootstrap"]
+
+    stdout = saved(found, "--bootstrap", 200).stdout
+    rows = rows_of(stdout)
+    ap = boot["metrics"]["AP"]
+    assert rows["AP"][2:5] == [f"{ap['low']:.3f}", "to", f"{ap['high']:.3f}"]
+    assert rows["AR10"][2] == "with"  # no interval
+    dog = boot["classes"][0]["AP50"]
+    assert f"{dog['low']:.3f} to {dog['high']:.3f}" in next(line for line in stdout.splitlines() if "dog" in line)
+    assert "95 % of 200 drawings" in stdout
+
+
+def test_intervals_of_voc_numbers(saved: Run, found: Path) -> None:
+    boot = of_json(saved(found, "--metric", "voc2012", "--bootstrap", 100, "--json"))["bootstrap"]
+    assert list(boot["metrics"]) == ["mAP_voc2012"]
+    assert list(boot["classes"][0]) == ["name", "AP_voc2012"]
+
+
+def test_detections_compared_with_themselves_do_not_differ(saved: Run, found: Path) -> None:
+    document = of_json(saved(found, "--compare", found, "--json"))
+    told = document["comparison"]
+    assert (told["rounds"], document["bootstrap"]["rounds"], told["direction"]) == (1000, 1000, "this minus other")
+    assert told["sha256"] == document["from"]["sha256"]
+    zero = {"difference": 0.0, "low": 0.0, "high": 0.0, "excludes_zero": False, "rounds": 1000}
+    assert told["metrics"] == {"AP": zero, "AP50": zero, "AP75": zero}
+    stdout = saved(found, "--compare", found).stdout
+    assert f"AP is equal to that of {found}; the 95 % interval of the difference, +0.000 to +0.000, does not" in stdout
+
+
+def test_a_difference_is_told_plainly_both_ways(saved: Run, found: Path, tmp_path: Path) -> None:
+    def lose(document: dict[str, Any]) -> None:
+        """Make every found box too small to be right, in all pictures."""
+        for annotation in document["annotations"]:
+            annotation["bbox"][2:] = [side / 3 for side in annotation["bbox"][2:]]
+
+    worse = changed(found, tmp_path, lose)
+    document = of_json(saved(found, "--compare", worse, "--bootstrap", 300, "--json"))
+    ap = document["comparison"]["metrics"]["AP"]
+    assert document["comparison"]["other"]["AP"] + ap["difference"] == pytest.approx(document["metrics"]["AP"])
+    assert ap["low"] > 0
+    assert ap["excludes_zero"] is True
+    stdout = saved(found, "--compare", worse, "--bootstrap", 300).stdout
+    verdict = stdout.splitlines()[-2]
+    assert verdict.startswith(f"AP is {ap['difference']:.3f} above that of {worse}; ")
+    assert verdict.endswith(f"{ap['low']:+.3f} to {ap['high']:+.3f}, excludes 0.")
+    rows = [line.split() for line in stdout.splitlines() if line.split()[:1] == ["AP"]]
+    assert rows[1][-1] == "yes"
+    assert " below that of " in saved(worse, "--compare", found, "--metric", "voc2007").stdout
+
+
+def test_a_detector_is_compared_with_saved_detections(evaluate: Run, data: Path, found: Path) -> None:
+    document = of_json(evaluate(data / "val.json", "--compare", found, "--bootstrap", 100, "--json"))
+    assert document["comparison"]["metrics"]["AP"]["difference"] == 0.0
+    assert document["seconds"] is not None
+
+
+def test_multi_scale_is_said_and_recorded(evaluate: Run, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "two.toml").write_text("[[passes]]\nsize = 64\n")
+    options = ("--split", "test", "--multi-scale", tmp_path / "two.toml", "--out", tmp_path / "out")
+    finished = evaluate(data, *options)
+    assert "multi-scale two.toml: 2 passes a picture" in finished.stderr
+    assert finished.stdout.rstrip().endswith("2 passes a picture (multi-scale two.toml)")
+    document = of_json(evaluate(data, *options[:4], "--json", "--quiet"))
+    written = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert document["origin"]["multi_scale"]["name"] == written["info"]["multi_scale"]["name"] == "two.toml"
+
+
 def failure(finished: Any) -> tuple[int, str]:
     document = json.loads(finished.stdout)
     assert finished.code == document["error"]["code"]
@@ -286,3 +507,73 @@ def test_other_ways_to_fail(evaluate: Run, run: Run, data: Path, tmp_path: Path)
 def test_an_absent_device(run: Run, data: Path, weights: Path) -> None:
     finished = run("eval", "--dataset", data, "--weights", weights, "--device", "mps", "--json")
     assert failure(finished)[0] == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--from", "{found}", "--weights", "{found}"), "--weights does not go with --from"),
+        (("--from", "{found}", "--device", "cpu"), "--device does not go with --from"),
+        (("--from", "{found}", "--batch", "1"), "--batch does not go with --from"),
+        (("--from", "{found}", "--multi-scale", "voc"), "--multi-scale does not go with --from"),
+        (("--from", "{found}", "--voc-pixels", "inclusive"), "--voc-pixels is about VOC numbers"),
+        (("--voc-overlap", "above", "--metric", "coco"), "--voc-overlap is about VOC numbers"),
+        (("--from", "{found}", "--bootstrap", "99"), "--bootstrap 99 is too few"),
+        (("--from", "{found}", "--bootstrap", "-1"), "--bootstrap"),
+        (("--from", "{found}", "--bootstrap", "0", "--compare", "{found}"), "--compare needs drawings"),
+        (("--metric", "voc2010"), "--metric"),
+    ],
+)
+def test_options_that_do_not_go_together(run: Run, data: Path, found: Path, options: tuple, told: str) -> None:
+    args = [option.format(found=found) for option in options]
+    code, message = failure(run("eval", "--dataset", data / "val.json", *args, "--json"))
+    assert code == 2
+    assert told in message
+
+
+@pytest.mark.parametrize("option", ["--from", "--compare"])
+def test_wrong_detection_files_are_one_clear_error(
+    run: Run, data: Path, found: Path, tmp_path: Path, option: str
+) -> None:
+    def attempt(path: Path) -> str:
+        other = () if option == "--from" else ("--from", found)
+        code, message = failure(run("eval", "--dataset", data / "val.json", option, path, *other, "--json"))
+        assert code == 4
+        assert str(path) in message
+        return message
+
+    result = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 10], "score": 0.5}
+    path = tmp_path / "wrong.json"
+    for row, told in (
+        ({"image_id": 99}, "no picture with image id 99"),
+        ({"category_id": 9}, "categories that"),
+        ({"score": float("nan")}, "score is NaN"),
+        ({"bbox": [0, 0, float("inf"), 1]}, "bbox is"),
+    ):
+        path.write_text(json.dumps([result, {**result, **row}]))
+        assert told in attempt(path)
+    path.write_text("{")
+    assert "is not valid JSON" in attempt(path)
+    assert "no 'score'" in attempt(data / "val.json")  # the data set itself
+    assert "does not exist" in attempt(tmp_path / "none.json")
+
+    def rename(document: dict[str, Any]) -> None:
+        for category, name in zip(document["categories"], ("zebra", "giraffe"), strict=True):
+            category["name"] = name
+
+    assert "share no class" in attempt(changed(found, tmp_path, rename))
+
+
+def test_a_wrong_file_to_compare_with_is_told_before_the_detector_runs(run: Run, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("{")
+    call = ("eval", "--dataset", data / "val.json", "--weights", tmp_path / "no.safetensors")
+    code, message = failure(run(*call, "--compare", tmp_path / "other.json", "--json"))
+    assert (code, "other.json" in message) == (4, True)
+
+
+def test_help_explains_with_examples(run: Run) -> None:
+    code, stdout, _ = run("eval", "--help")
+    assert code == 0
+    assert stdout.count("refinedet eval ") >= 3
+    for option in ("--from", "--metric", "--voc-pixels", "--voc-overlap", "--bootstrap", "--compare", "--root"):
+        assert option in stdout

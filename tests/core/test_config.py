@@ -51,8 +51,8 @@ DETECTOR = DetectorConfig(
 )  # fmt: skip
 TRAIN = TrainConfig(
     batch=3, epochs=4, steps=50, optimizer="adamw", lr=0.1, momentum=0.5, backbone_lr=0.25, bias_lr=3.0,
-    weight_decay=0.5, decay_norm=True, warmup_steps=6, schedule="multistep", final_lr=0.5, milestones=(0.1, 0.9), gamma=0.5,
-    ema_decay=0.0, clip_norm=1.0, precision="bf16", freeze_stages=2, freeze_norm=False,
+    weight_decay=0.5, decay_norm=True, warmup_steps=6, schedule="multistep", final_lr=0.5, milestones=(0.1, 0.9),
+    gamma=0.5, ema_decay=0.0, clip_norm=1.0, precision="bf16", freeze_stages=2, freeze_norm=False,
     small_input=((0.5, 0.6), (0.8, 0.9)), evaluate_every=0, seed=2**63 - 1,
     augment=AugmentConfig(
         brightness=1.0, contrast=0.1, saturation=0.2, hue=5.0, expand_probability=0.1, expand_max=2.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,9 +14,16 @@ from torchvision.ops import nms
 
 from refinedet_cli.core import postprocess
 from refinedet_cli.core.config import PostprocessConfig
-from refinedet_cli.core.postprocess import greedy_keep, suppress, to_detections, top_candidates
+from refinedet_cli.core.postprocess import (
+    greedy_keep,
+    pixel_iou,
+    soften,
+    suppress,
+    to_detections,
+    top_candidates,
+)
 from refinedet_cli.core.presets import POSTPROCESS_PRESETS
-from refinedet_cli.core.structures import BatchDetections, Candidates
+from refinedet_cli.core.structures import BatchDetections, Candidates, Detections
 
 
 def exact_iou(a: list[float], b: list[float]) -> Fraction:
@@ -275,3 +283,110 @@ def test_a_stricter_limit_keeps_fewer():
     ]
     assert counts == sorted(counts)
     assert counts[0] < counts[-1]
+
+
+# --- soft-NMS
+
+
+def pixel_overlap(a: list[float], b: list[float]) -> float:
+    common = max(min(a[2], b[2]) - max(a[0], b[0]) + 1, 0) * max(min(a[3], b[3]) - max(a[1], b[1]) + 1, 0)
+    areas = [(box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (a, b)]
+    return common / (areas[0] + areas[1] - common)
+
+
+def plain_soften(found: Detections, iou: float, floor: float) -> list[tuple[float, int, tuple[float, ...]]]:
+    """Class by class, take the best one left and lower those still waiting; rows (score, label, box), best first."""
+    rows = []
+    for label in sorted(set(found.labels.tolist())):
+        waiting = [
+            [score, i]
+            for i, (score, of) in enumerate(zip(found.scores.tolist(), found.labels.tolist(), strict=True))
+            if of == label
+        ]
+        while waiting:
+            best = max(waiting, key=lambda pair: (pair[0], -pair[1]))
+            waiting.remove(best)
+            rows.append((best[0], best[1], label))
+            for pair in waiting:
+                overlap = pixel_overlap(found.boxes[best[1]].tolist(), found.boxes[pair[1]].tolist())
+                if overlap > iou:
+                    pair[0] *= 1 - overlap
+            waiting = [pair for pair in waiting if pair[0] >= floor]
+    rows.sort(key=lambda row: (-row[0], row[1]))
+    return [(score, label, tuple(found.boxes[i].tolist())) for score, i, label in rows if score > 0]
+
+
+def heaped(seed: int, count: int) -> Detections:
+    """Boxes in heaps on a grid: overlaps repeat and hit thresholds, and some boxes are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    heaps = torch.randint(0, 80, (max(1, count // 6), 2), generator=generator)
+    low = heaps[torch.randint(0, len(heaps), (count,), generator=generator)]
+    low = low + torch.randint(0, 5, (count, 2), generator=generator)
+    size = torch.randint(1, 16, (count, 2), generator=generator)
+    scores = torch.rand(count, generator=generator).clamp(min=0.01).sort(descending=True).values
+    labels = torch.randint(1, 4, (count,), generator=generator)
+    boxes = torch.cat([low, low + size], dim=1).float()
+    boxes[count // 2 :: 5], labels[count // 2 :: 5] = boxes[:1].clone(), labels[:1].clone()
+    return Detections(boxes, scores, labels)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.01, 0.2])
+@pytest.mark.parametrize("iou", [0.0, 0.3, 0.5])
+def test_soft_nms_equals_a_plain_loop_exactly(iou, floor):
+    dropped = lowered = 0
+    for seed, count in enumerate((0, 1, 2, 5, 30, 150)):
+        before = heaped(seed, count)
+        before = before.above(max(floor, 1e-6))
+        found = soften(before, iou, floor)
+        expected = plain_soften(before, iou, floor)
+        assert found.labels.tolist() == [label for _, label, _ in expected]
+        assert [tuple(box) for box in found.boxes.tolist()] == [box for _, _, box in expected]
+        assert found.scores.tolist() == torch.tensor([score for score, _, _ in expected]).tolist()
+        assert (found.scores.diff() <= 0).all()
+        dropped += len(before) - len(found)
+        lowered += int((before.scores.sum() - found.scores.sum()) > 0)
+    assert dropped > 0
+    assert lowered > 0
+
+
+def rows_of_three(*rows: tuple[float, float, int]) -> Detections:
+    """Boxes of three pixels by one, as (left, score, label)."""
+    boxes = torch.tensor([[left, 0, left + 2, 0] for left, _, _ in rows])
+    labels = torch.tensor([label for _, _, label in rows])
+    return Detections(boxes, torch.tensor([score for _, score, _ in rows]), labels)
+
+
+def test_soft_nms_by_hand():
+    # Two of four pixels in common: half the score goes, and a third box of the class overtakes.
+    found = soften(rows_of_three((0.0, 0.8, 1), (1.0, 0.6, 1), (20.0, 0.5, 1), (1.0, 0.4, 2)), 0.3, 0.01)
+    assert_close(found.scores, torch.tensor([0.8, 0.5, 0.4, 0.3]), rtol=0, atol=0)
+    assert found.boxes[:, 0].tolist() == [0, 20, 1, 1]
+    assert found.labels.tolist() == [1, 1, 2, 1]
+
+
+def test_soft_nms_leaves_a_pair_at_the_limit():
+    pair = rows_of_three((0.0, 0.8, 1), (1.0, 0.6, 1))
+    assert_close(soften(pair, 0.5, 0.01).scores, pair.scores, rtol=0, atol=0)
+    assert soften(pair, 0.4999, 0.01).scores.tolist() == pytest.approx([0.8, 0.3])
+
+
+def test_soft_nms_drops_what_falls_below_the_threshold_alone():
+    # The second falls to 0.3, and lowers the third, which does not overlap the first by more than 0.3, by half.
+    chain = rows_of_three((0.0, 0.8, 1), (1.0, 0.6, 1), (2.0, 0.28, 1))
+    assert soften(chain, 0.3, 0.01).scores.tolist() == pytest.approx([0.8, 0.3, 0.14])
+    assert soften(chain, 0.3, 0.2).scores.tolist() == pytest.approx([0.8, 0.3])
+    assert soften(chain, 0.3, 0.31).scores.tolist() == pytest.approx([0.8])
+
+
+def test_soft_nms_leaves_its_input_alone():
+    found = heaped(3, 40)
+    before = found.scores.clone()
+    soften(found, 0.3, 0.01)
+    assert_close(found.scores, before, rtol=0, atol=0)
+
+
+def test_overlap_in_pixels_by_hand():
+    boxes = np.array([[0.0, 0, 2, 0], [1, 0, 3, 0], [3, 0, 5, 0], [2.5, 0, 4.5, 0]])
+    assert pixel_iou(boxes[0], boxes).tolist() == [1, 0.5, 0, 0.5 / 5.5]
+    overlap = pixel_iou(boxes[:, None], boxes)
+    np.testing.assert_array_equal(overlap, overlap.T)

@@ -19,12 +19,28 @@ from refinedet_cli.core.presets import get_preset
 from refinedet_cli.core.refinedet import build
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.data.dataset import Dataset, Record
+from refinedet_cli.data.source import open_dataset
 from refinedet_cli.engine import evaluate as module
-from refinedet_cli.engine.evaluate import Evaluation, EvaluationProgress, evaluate, with_postprocess
+from refinedet_cli.engine.evaluate import (
+    Collected,
+    Evaluation,
+    EvaluationProgress,
+    coco_notes,
+    collect_saved,
+    evaluate,
+    in_classes_of,
+    resample,
+    score_coco,
+    score_voc,
+    voc_notes,
+    with_postprocess,
+)
 from refinedet_cli.engine.predict import Predictor
-from refinedet_cli.engine.results import origin_of, write_results
+from refinedet_cli.engine.results import SavedDetections, origin_of, read_results, write_results
 from refinedet_cli.errors import DataError
 from refinedet_cli.metrics.coco import CocoResult
+from refinedet_cli.metrics.intervals import differences, draw_pictures
+from refinedet_cli.metrics.voc import VOC2007, VOC2012
 from refinedet_cli.zoo.checkpoint import load_detector, save_checkpoint
 
 SUMMARY = (
@@ -392,3 +408,220 @@ def test_reading_stops_when_detection_fails(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(RuntimeError, match="no"):
         score(Failing(classes_of("dog"), {}), dataset, batch=2, workers=2)
     assert len(read) <= 6
+
+
+@pytest.fixture(scope="module")
+def written(predictor: Predictor, reference: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "detections.json"
+    origin = origin_of(predictor.loaded, precision="fp32", score_threshold=0.01)
+    write_results(path, reference.pictures, predictor.classes, origin)
+    return path
+
+
+def check_equal(one: Collected, other: Collected) -> None:
+    """The same to the bit, whatever the metric."""
+    assert (one.scored_classes, one.complete, one.objects) == (other.scored_classes, other.complete, other.objects)
+    for ours, theirs in zip((*one.truths, *one.detections), (*other.truths, *other.detections), strict=True):
+        assert ours.image_id == theirs.image_id
+        np.testing.assert_array_equal(ours.boxes, theirs.boxes)
+        np.testing.assert_array_equal(ours.labels, theirs.labels)
+    for found, same in zip(one.detections, other.detections, strict=True):
+        np.testing.assert_array_equal(found.scores, same.scores)
+
+
+def test_saved_detections_give_the_numbers_of_the_detector(
+    noise: Dataset, reference: Evaluation, written: Path
+) -> None:
+    collected = collect_saved(read_results(written), noise)
+    check_equal(collected, reference)
+    assert summary(score_coco(collected)) == summary(reference.result)
+    assert (collected.pictures, collected.seconds, collected.pictures_per_second) == ((), None, None)
+    assert collected.notes == reference.notes
+    ours, theirs = (score_voc(c, VOC2007) for c in (collected, reference))
+    assert ours.mAP == theirs.mAP
+    assert ours.mAP
+
+
+def test_a_list_of_results_gives_the_numbers_of_the_detector(
+    noise: Dataset, reference: Evaluation, written: Path, tmp_path: Path
+) -> None:
+    kept = ("image_id", "category_id", "bbox", "score")
+    rows = [{key: a[key] for key in kept} for a in json.loads(written.read_text())["annotations"]]
+    # Only the order within a picture counts, between equal scores.
+    rows.sort(key=lambda row: -row["image_id"])
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    check_equal(collect_saved(read_results(tmp_path / "results.json"), noise), reference)
+
+
+def test_drawings_of_what_was_collected(reference: Evaluation) -> None:
+    drawn = draw_pictures(len(reference.records), 4, 0)
+    coco = resample(reference, drawn, None)
+    assert coco.overall[0].tolist() == [reference.result.AP, reference.result.AP50, reference.result.AP75]
+    voc = resample(reference, drawn, VOC2012)
+    assert voc.overall[0].tolist() == [score_voc(reference, VOC2012).mAP]
+    assert (coco.overall.shape, voc.overall.shape) == ((5, 3), (5, 1))
+
+
+def saved_of(*rows: tuple[float, ...], classes: Classes | None = None, pictures: dict | None = None) -> SavedDetections:
+    """Rows are (image id, category id, score, x1, y1, x2, y2)."""
+    table = np.array(rows, dtype=np.float64).reshape(-1, 7)
+    ids = table[:, :2].astype(np.int64)
+    kind = "results list" if classes is None else "detections.json"
+    columns = (ids[:, 0], ids[:, 1], table[:, 3:], table[:, 2])
+    return SavedDetections(Path("saved.json"), "00", kind, classes, pictures, {}, *columns)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Dataset:
+    """Two pictures, ids 1 and 2, each with a dog (category 11) and the second with a cat (12) too."""
+    records = (a_record(tmp_path, 2, (1, 2, 2, 20, 20), (2, 5, 5, 30, 30)), a_record(tmp_path, 1, (1, 2, 2, 20, 20)))
+    return Dataset("pair", classes_of("dog", "cat"), records)
+
+
+DOG_1, DOG_2, CAT_2 = (1, 11, 0.9, 2, 2, 20, 20), (2, 11, 0.8, 2, 2, 20, 20), (2, 12, 0.7, 5, 5, 30, 30)
+
+
+@pytest.mark.parametrize(
+    ("rows", "recalls"),
+    [
+        pytest.param((DOG_1, DOG_2, CAT_2), (1.0, 1.0), id="perfect"),
+        pytest.param((), (0.0, 0.0), id="empty"),
+        pytest.param((CAT_2, DOG_2, DOG_1), (1.0, 1.0), id="shuffled"),
+        pytest.param((DOG_1,), (0.5, 0.0), id="a picture without detections"),
+        pytest.param(((1, 11, -3.5, 2, 2, 20, 20),), (0.5, 0.0), id="a negative score"),
+        pytest.param(((1, 11, 0.5, 2, 2, 2, 20), DOG_2), (0.5, 0.0), id="a box without width"),
+    ],
+)
+def test_saved_lists_are_scored_as_they_are(pair: Dataset, rows: tuple, recalls: tuple[float, float]) -> None:
+    collected = collect_saved(saved_of(*rows), pair)
+    assert tuple(c.AR100 for c in score_coco(collected).per_class) == recalls
+    assert [r.image_id for r in collected.records] == [1, 2]
+    assert collected.complete
+    assert collected.notes == (() if rows else ("saved.json holds no detection",))
+
+
+def test_a_detection_that_is_there_twice_is_wrong_once(pair: Dataset) -> None:
+    for metric, best in ((score_coco, "AP50"), (lambda c: score_voc(c, VOC2012), "AP")):
+        once = metric(collect_saved(saved_of(DOG_1, DOG_2), pair)).per_class[0]
+        twice = metric(collect_saved(saved_of(DOG_1, DOG_1, DOG_2), pair)).per_class[0]
+        assert getattr(once, best) == pytest.approx(1.0)
+        assert getattr(twice, best) < 0.9
+
+
+def test_detections_of_other_pictures_or_categories_are_refused(pair: Dataset) -> None:
+    with pytest.raises(DataError, match=r"saved\.json: pair has no picture with image id 7, 8$"):
+        collect_saved(saved_of(DOG_1, (8, 11, 0.5, 0, 0, 1, 1), (7, 11, 0.5, 0, 0, 1, 1)), pair)
+    with pytest.raises(DataError, match=r"categories that pair does not have: 13$") as caught:
+        collect_saved(saved_of(DOG_1, (1, 13, 0.5, 0, 0, 1, 1)), pair)
+    assert "11, 12" in str(caught.value.hint)
+
+
+def test_a_data_set_whose_pictures_share_an_id_cannot_be_scored_by_id(pair: Dataset) -> None:
+    double = replace(pair, records=(pair.records[0], replace(pair.records[1], image_id=2)))
+    with pytest.raises(DataError, match="cannot be told apart"):
+        collect_saved(saved_of(DOG_1), double)
+
+
+def test_a_detections_file_goes_by_file_and_class_names(pair: Dataset) -> None:
+    # Ids are its own: picture 5 is 1.png, category 3 is the dog; and it knows a bus, which the data does not.
+    classes = Classes(names=("bus", "dog", "cat"), category_ids=(1, 3, 4))
+    rows = ((5, 3, 0.9, 2, 2, 20, 20), (6, 3, 0.9, 2, 2, 20, 20), (6, 4, 0.5, 5, 5, 30, 30), (6, 1, 0.5, 0, 0, 9, 9))
+    collected = collect_saved(saved_of(*rows, classes=classes, pictures={5: "1.png", 6: "2.png"}), pair)
+    assert collected.scored_classes == ("dog", "cat")
+    assert [c.AR100 for c in score_coco(collected).per_class] == [1.0, 1.0]
+    assert sum(len(d.scores) for d in collected.detections) == 3
+    assert collected.notes == ("1 classes of the detector are not in the data and are not scored: bus",)
+
+
+def test_pictures_that_a_detections_file_leaves_out_count_as_missed_and_are_told(pair: Dataset) -> None:
+    part = saved_of((1, 11, 0.9, 2, 2, 20, 20), classes=pair.classes, pictures={1: "1.png"})
+    collected = collect_saved(part, pair)
+    assert collected.notes == ("1 of 2 pictures are not in saved.json: their objects count as missed",)
+    assert score_coco(collected).per_class[0].AR100 == 0.5
+
+
+def test_a_detections_file_of_other_pictures_or_classes_is_refused(pair: Dataset) -> None:
+    other = {1: "1.png", 2: "2.png", 3: "sea/3.png"}
+    with pytest.raises(DataError, match=r"pair has no picture named sea/3\.png$"):
+        collect_saved(saved_of(classes=pair.classes, pictures=other), pair)
+    with pytest.raises(DataError, match=r"lists pictures more than once: 1\.png"):
+        collect_saved(saved_of(classes=pair.classes, pictures={1: "1.png", 2: "1.png"}), pair)
+    with pytest.raises(
+        DataError, match=r"saved\.json and pair share no class: the file has bus; the data has dog, cat"
+    ):
+        collect_saved(saved_of(classes=classes_of("bus"), pictures={1: "1.png"}), pair)
+    with pytest.raises(DataError, match="nothing has no pictures"):
+        collect_saved(saved_of(), Dataset("nothing", pair.classes, ()))
+
+
+def test_pictures_of_one_name_are_told_apart_by_their_ids(pair: Dataset) -> None:
+    named = replace(pair, records=tuple(replace(r, file_name="same.png") for r in pair.records))
+    rows = (DOG_1, DOG_2, CAT_2)
+    collected = collect_saved(saved_of(*rows, classes=pair.classes, pictures={1: "same.png", 2: "same.png"}), named)
+    assert [len(d.scores) for d in collected.detections] == [1, 2]
+    with pytest.raises(DataError, match=r"no picture named same\.png"):
+        collect_saved(saved_of(classes=pair.classes, pictures={3: "same.png"}), named)
+
+
+def test_two_sets_are_compared_class_by_class_whatever_their_order(pair: Dataset) -> None:
+    one = collect_saved(saved_of(DOG_1, DOG_2, CAT_2), pair)
+    turned = Classes(names=("bus", "cat", "dog"), category_ids=(1, 12, 11))
+    fewer = collect_saved(saved_of(DOG_1, CAT_2, classes=turned, pictures={1: "1.png", 2: "2.png"}), pair)
+    assert fewer.scored_classes == ("cat", "dog")
+    other = in_classes_of(fewer, one)
+    assert other.scored_classes == ("dog", "cat")
+    for ours, theirs in zip(one.truths, other.truths, strict=True):
+        np.testing.assert_array_equal(ours.labels, theirs.labels)
+    drawn = draw_pictures(2, 100, 0)
+    summed = differences(resample(one, drawn, None), resample(other, drawn, None))
+    dog, cat = (numbers[1].value for numbers in summed.per_class)
+    assert dog == pytest.approx(50 / 101)
+    assert cat == 0.0
+
+
+def test_sets_that_score_other_classes_cannot_be_compared(pair: Dataset) -> None:
+    one = collect_saved(saved_of(DOG_1), pair)
+    only_dogs = collect_saved(saved_of(DOG_1, classes=classes_of("dog"), pictures={1: "1.png", 2: "2.png"}), pair)
+    with pytest.raises(DataError, match="score different classes: dog, cat; and dog"):
+        in_classes_of(only_dogs, one)
+
+
+def test_voc_passes_over_difficult_objects_and_crowds(pair: Dataset) -> None:
+    easy, hard = pair.records[1], pair.records[0]
+    hard = replace(hard, difficult=np.array([True, False]), crowd=np.array([False, True]))
+    collected = collect_saved(saved_of(DOG_1, DOG_2, CAT_2), replace(pair, records=(easy, hard)))
+    result = score_voc(collected, VOC2007)
+    assert [(c.objects, c.difficult, c.right, c.passed_over) for c in result.per_class] == [(1, 1, 1, 1), (0, 1, 0, 1)]
+    assert (result.mAP, result.per_class[1].AP) == (pytest.approx(1.0), None)
+    assert voc_notes(collected) == (
+        "1 difficult objects count neither as found nor as missed",
+        "1 crowds count as difficult objects: the VOC metric knows no crowds",
+    )
+    assert coco_notes(collected)[0].startswith("1 difficult objects count like all others")
+
+
+def test_voc_without_an_object_to_find_has_no_number(pair: Dataset) -> None:
+    hard = tuple(replace(r, difficult=np.ones(len(r), dtype=np.bool_)) for r in pair.records)
+    collected = collect_saved(saved_of(DOG_1), replace(pair, records=hard))
+    assert score_voc(collected, VOC2012).mAP is None
+    assert voc_notes(collected)[-1] == "there is no object to be found, so there are no numbers"
+    assert len(coco_notes(collected)) == 1
+
+
+def test_a_voc_annotation_is_scored_by_the_pixels_that_it_names(tmp_path: Path) -> None:
+    # Pixels 1 to 10 in both directions, as in the XML; the detection covers pixels 1 to 5 of each row: 50 of 100.
+    voc = tmp_path / "VOC2007"
+    for name in ("Annotations", "JPEGImages"):
+        (voc / name).mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(voc / "JPEGImages" / "000004.jpg")
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>10</xmax><ymax>10</ymax></bndbox>"
+    size = "<size><width>40</width><height>30</height><depth>3</depth></size>"
+    text = f"<annotation>{size}<object><name>dog</name>{box}</object></annotation>"
+    (voc / "Annotations" / "000004.xml").write_text(text)
+    data = open_dataset(str(voc), split="test")
+    dog = data.classes.category_ids[data.classes.names.index("dog")]
+    # The same detection as our edges and as a COCO box: 5 px wide, 10 px high.
+    collected = collect_saved(saved_of((4, dog, 0.9, 0, 0, 5, 10)), data)
+    assert score_voc(collected, VOC2007).mAP == pytest.approx(1.0)
+    assert score_voc(collected, replace(VOC2007, overlap="above")).mAP == 0.0
+    assert score_voc(collected, replace(VOC2007, pixels="continuous")).mAP == 0.0  # 4 x 9 of 9 x 9

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from refinedet_cli.core.config import Classes
-from refinedet_cli.core.postprocess import suppress, to_detections
+from refinedet_cli.core.postprocess import soften, suppress, to_detections
 from refinedet_cli.core.preprocess import preprocess
 from refinedet_cli.core.presets import tiny
 from refinedet_cli.core.refinedet import build
@@ -87,6 +89,19 @@ def test_boxes_lie_inside_their_pictures_and_scores_descend(predictor, images):
         assert found.boxes.dtype == found.scores.dtype == torch.float32
         assert found.boxes.device == CPU
         assert not found.boxes.requires_grad
+
+
+def test_soft_nms_follows_where_the_config_has_it(predictor, loaded, images):
+    post = replace(loaded.config.postprocess, soft_nms_iou=0.2)
+    config = replace(loaded.config, postprocess=post)
+    softened = replace(loaded, detector=replace(loaded.detector, config=config))
+    lowered = 0.0
+    found = Predictor(softened, device=CPU, precision="fp32").predict(images)
+    for after, before in zip(found, predictor.predict(images), strict=True):
+        assert_same(after, soften(before, 0.2, post.score_threshold))
+        assert (after.scores.diff() <= 0).all()
+        lowered += float(before.scores.sum() - after.scores.sum())
+    assert lowered > 1
 
 
 def test_no_pictures_no_detections(predictor):

@@ -47,6 +47,7 @@ def page(tmp_path) -> Page:
         columns=("AP", "AP50"),
         rows=[(0.5, 0.6), (0.125, 0.3), (None, None)],
         reasons=find_reasons(truths, detections, NAMES),
+        refinement=None,
         pictures=pictures,
         facts=[("Weights", "w.safetensors")],
     )

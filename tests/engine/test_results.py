@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,6 +25,7 @@ from refinedet_cli.engine.results import (
     count_classes,
     detection_rows,
     origin_of,
+    read_results,
     results_document,
     write_results,
 )
@@ -62,6 +64,7 @@ def test_the_whole_document():
             "precision": "fp32",
             "decoder": "x",
             "score_threshold": 0.3,
+            "multi_scale": None,
             "complete": True,
             "failures": [{"file_name": "bad.jpg", "reason": "is empty"}],
         },
@@ -155,3 +158,105 @@ def test_origin_names_the_file_without_its_folder(tmp_path):
     assert origin.sha256 == hashlib.sha256(b"weights").hexdigest()
     assert "Pillow" in origin.decoder
     assert "full size" in origin.decoder
+
+
+def test_what_was_written_is_read_back(tmp_path):
+    path = tmp_path / "detections.json"
+    write_results(path, PICTURES, CLASSES, ORIGIN)
+    saved = read_results(path)
+    assert (saved.path, saved.format, len(saved)) == (path, "detections.json", 4)
+    assert saved.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert saved.classes == CLASSES
+    assert saved.pictures == {3: "a b/ü.jpg", 1: "empty.png", 2: "c.png"}
+    assert (saved.info["weights"], saved.notes) == ("w.safetensors", ())
+    assert saved.image_ids.tolist() == [3, 3, 2, 2]
+    assert saved.category_ids.tolist() == [17, 18, 17, 17]
+    np.testing.assert_array_equal(saved.boxes[:2], [[1, 2, 11.5, 22.25], [0, 0, 40, 30]])
+    assert saved.scores.tolist() == [0.876543, 0.5, 0.75, 0.25]
+
+
+def test_a_run_that_did_not_go_through_is_told(tmp_path):
+    failures = [Failure(path="/tmp/x/bad.jpg", file_name="bad.jpg", reason="is empty")]
+    write_results(tmp_path / "d.json", PICTURES, CLASSES, ORIGIN, failures=failures, complete=False)
+    stopped, failed = read_results(tmp_path / "d.json").notes
+    assert "stopped before its end" in stopped
+    assert "1 pictures failed" in failed
+
+
+RESULT = {"image_id": 7, "category_id": 3, "bbox": [1, 2.5, 3, 4], "score": 0.5}
+
+
+def test_a_list_of_results(tmp_path):
+    path = tmp_path / "results.json"
+    odd = {"image_id": 8.0, "category_id": 3, "bbox": [-5, 0, 0, 1], "score": -2, "segmentation": []}
+    path.write_text(json.dumps([RESULT, odd]))
+    saved = read_results(path)
+    assert (saved.format, saved.classes, saved.pictures, dict(saved.info)) == ("results list", None, None, {})
+    assert (saved.image_ids.tolist(), saved.category_ids.tolist()) == ([7, 8], [3, 3])
+    np.testing.assert_array_equal(saved.boxes, [[1, 2.5, 4, 6.5], [-5, 0, -5, 1]])
+    assert saved.scores.tolist() == [0.5, -2.0]
+
+
+def test_an_empty_list_has_no_detections(tmp_path):
+    (tmp_path / "results.json").write_text("[]")
+    saved = read_results(tmp_path / "results.json")
+    assert (len(saved), saved.boxes.shape) == (0, (0, 4))
+
+
+def without(key):
+    return {k: v for k, v in RESULT.items() if k != key}
+
+
+SAVED = {"images": [{"id": 7, "file_name": "a"}], "categories": [{"id": 3, "name": "cat"}], "annotations": [RESULT]}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        pytest.param("", "is empty", id="empty file"),
+        pytest.param("[{]", "is not valid JSON", id="no JSON"),
+        pytest.param("[" * 100_000, "is not valid JSON", id="nested too deep"),
+        pytest.param("[" + "9" * 5000 + "]", "is not valid JSON", id="endless number"),
+        pytest.param("3", "holds no detections", id="number"),
+        pytest.param('{"images": []}', "holds no detections", id="other object"),
+        pytest.param([3], r"[0] is 3", id="entry is a number"),
+        pytest.param([RESULT, without("score")], "[1] has no 'score'", id="no score"),
+        pytest.param([without("bbox")], "[0] has no 'bbox'", id="no box"),
+        pytest.param([RESULT | {"image_id": "000007"}], '[0]: image_id is "000007"', id="image id is text"),
+        pytest.param([RESULT | {"category_id": 1.5}], "[0]: category_id is 1.5", id="fractional category"),
+        pytest.param([RESULT | {"category_id": True}], "[0]: category_id is true", id="category is a truth value"),
+        pytest.param([RESULT | {"image_id": 2**70}], "[0]: image_id is 11", id="image id of over 64 bits"),
+        pytest.param([RESULT | {"score": float("nan")}], "[0]: score is NaN", id="NaN score"),
+        pytest.param([RESULT | {"score": float("inf")}], "[0]: score is Infinity", id="infinite score"),
+        pytest.param([RESULT | {"score": None}], "[0]: score is null", id="null score"),
+        pytest.param([RESULT | {"score": "0.5"}], '[0]: score is "0.5"', id="score is text"),
+        pytest.param([RESULT | {"bbox": [0, 0, float("nan"), 1]}], "[0]: bbox is [0, 0, NaN, 1]", id="NaN in box"),
+        pytest.param([RESULT | {"bbox": [0, 0, float("inf"), 1]}], "bbox is [0, 0, Infinity, 1]", id="infinite box"),
+        pytest.param([RESULT | {"bbox": [0, 0, 9, -1]}], "bbox is [0, 0, 9, -1]", id="negative height"),
+        pytest.param([RESULT | {"bbox": [1e200, 0, 9, 1]}], "bbox is [1e+200, 0, 9, 1]", id="box beyond any picture"),
+        pytest.param([RESULT | {"bbox": [0, 0, 9]}], "bbox is [0, 0, 9]", id="three numbers"),
+        pytest.param([RESULT | {"bbox": "0 0 9 9"}], 'bbox is "0 0 9 9"', id="box is text"),
+        pytest.param(SAVED | {"images": {}}, "images is {}", id="images is no list"),
+        pytest.param(SAVED | {"images": SAVED["images"] * 2}, "images[1]: image id 7", id="image twice"),
+        pytest.param(SAVED | {"images": [{"id": 7}]}, "images[0] has no 'file_name'", id="no file name"),
+        pytest.param(SAVED | {"images": [{"id": 7, "file_name": 1}]}, "file_name is 1", id="file name is a number"),
+        pytest.param(SAVED | {"categories": []}, "has no categories", id="no categories"),
+        pytest.param(SAVED | {"categories": [{"id": 3, "name": ""}]}, 'name is ""', id="class without a name"),
+        pytest.param(SAVED | {"categories": SAVED["categories"] * 2}, "categories[1]: id 3", id="class twice"),
+        pytest.param(SAVED | {"annotations": [RESULT | {"image_id": 8}]}, "no image with id 8", id="unlisted image"),
+        pytest.param(SAVED | {"annotations": [RESULT | {"category_id": 4}]}, "no category with id 4", id="unlisted"),
+        pytest.param(SAVED | {"annotations": [without("score")]}, "annotations[0] has no 'score'", id="a data set"),
+    ],
+)
+def test_a_file_that_cannot_be_scored_is_refused_by_name_and_value(tmp_path, content, told):
+    path = tmp_path / "results.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(DataError) as caught:
+        read_results(path)
+    assert str(path) in caught.value.message
+    assert told in caught.value.message
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"none\.json does not exist"):
+        read_results(tmp_path / "none.json")
