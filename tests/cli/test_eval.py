@@ -160,7 +160,7 @@ def test_out_holds_the_document_and_leads_pycocotools_to_the_same_numbers(
 
     # metrics.json is the same document, but for the paths: the folder may be moved.
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics == {k: v for k, v in document.items() if k not in ("detections_file", "metrics_file")}
+    assert metrics == {k: v for k, v in document.items() if k not in ("detections_file", "metrics_file", "report_file")}
 
 
 def test_batch_and_workers_do_not_change_the_numbers(evaluate: Run, data: Path) -> None:
@@ -577,3 +577,82 @@ def test_help_explains_with_examples(run: Run) -> None:
     assert stdout.count("refinedet eval ") >= 3
     for option in ("--from", "--metric", "--voc-pixels", "--voc-overlap", "--bootstrap", "--compare", "--root"):
         assert option in stdout
+
+
+# The page, the engine, and data that has to be fetched ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", ["coco", "voc2007"])
+def test_report_explains_the_same_numbers(evaluate: Run, data: Path, tmp_path: Path, metric: str) -> None:
+    page = tmp_path / "deep" / "page.html"
+    code, stdout, stderr = evaluate(
+        data / "val.json", "--metric", metric, "--bootstrap", "100", "--report", page, "--json"
+    )
+    assert (code, stderr.splitlines()[-1]) == (0, f"wrote {page}")
+    document = json.loads(stdout)
+    assert document["report_file"] == str(page)
+    html = page.read_text(encoding="utf-8")
+    name, value = next(iter(document["metrics"].items()))
+    interval = document["bootstrap"]["metrics"][name]
+    assert f"<small>{name}</small><b>{value:.3f}</b>" in html
+    assert f"95 %: {interval['low']:.3f} to {interval['high']:.3f}" in html
+    assert document["dataset"]["fingerprint"] in html
+    assert "after the ARM" in html
+    assert "after the ODM" in html
+
+
+def test_report_of_saved_detections_needs_no_detector(evaluate: Run, run: Run, data: Path, tmp_path: Path) -> None:
+    evaluate(data / "val.json", "--out", tmp_path)
+    saved, page = tmp_path / "detections.json", tmp_path / "page.html"
+    finished = run("eval", "--dataset", data / "val.json", "--from", saved, "--report", page)
+    assert finished.code == 0, finished.stderr
+    assert "after the ARM" not in page.read_text(encoding="utf-8")
+    finished = run("eval", "--dataset", data / "val.json", "--from", saved, "--report", tmp_path)
+    assert (finished.code, "is a folder" in finished.stderr) == (2, True)
+
+
+def test_both_engines_give_one_document(evaluate: Run, data: Path) -> None:
+    pytest.importorskip("hotcoco", reason="the extra fast-eval is not installed")
+    documents = []
+    for engine in ("pycocotools", "hotcoco", "auto"):
+        document = of_json(evaluate(data / "val.json", "--engine", engine, "--json"))
+        assert engine == "auto" or document["conventions"].pop("engine").startswith(engine)
+        documents.append(document)
+    assert documents[2]["conventions"].pop("engine").startswith("hotcoco")
+    timeless = [{k: v for k, v in d.items() if k not in ("seconds", "pictures_per_second")} for d in documents]
+    assert timeless[0] == timeless[1] == timeless[2]
+
+
+def test_an_engine_that_differs_is_refused_or_passed_over(
+    evaluate: Run, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from refinedet_cli.engine import evaluate as engine
+
+    monkeypatch.setattr(engine, "distrust", lambda: "hotcoco 9 computes another recall")
+    monkeypatch.setattr(engine, "is_installed", lambda: True)
+    refused = evaluate(data / "val.json", "--engine", "hotcoco")
+    assert (refused.code, "computes another recall" in refused.stderr) == (2, True)
+    code, stdout, stderr = evaluate(data / "val.json", "--json")
+    assert (code, stderr) == (0, "hotcoco 9 computes another recall\n")
+    assert json.loads(stdout)["conventions"]["engine"].startswith("pycocotools")
+    assert evaluate(data / "val.json", "--engine", "pycocotools", "--metric", "voc2007").code == 2
+
+
+def test_download_fetches_what_is_named_and_nothing_else(
+    run: Run, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from refinedet_cli.data import public
+
+    asked = []
+
+    def fetch(name: str, part: str, on_progress: Callable[..., None], root: Path | None) -> tuple[Any, ...]:
+        asked.append((name, part, root))
+        return ()
+
+    monkeypatch.setattr(public, "fetch_public", fetch)
+    finished = run("eval", "--dataset", "voc2007:test", "--download", "--root", tmp_path, "--weights", weights)
+    assert asked == [("voc2007", "test", tmp_path)]
+    assert (finished.code, "voc2007 is not there" in finished.stderr) == (4, True)
+    refused = run("eval", "--dataset", tmp_path / "mine.json", "--download", "--weights", weights)
+    assert (refused.code, "does not know" in refused.stderr) == (2, True)
+    assert len(asked) == 1
