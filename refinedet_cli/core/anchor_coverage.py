@@ -333,7 +333,8 @@ def _first_of_best(block: _Block, rows: Ints, proposed: Ints) -> Bools:
         best = iou == highest[which]
         np.minimum.at(winner, at + which[best], rival[best])
         at = stop
-    return np.equal(winner[anchor_of], np.arange(len(rows)))
+    wins: Bools = winner[anchor_of] == np.arange(len(rows))
+    return wins
 
 
 class _Choices:
