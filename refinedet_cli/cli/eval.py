@@ -15,6 +15,7 @@ from refinedet_cli.cli.eval_tables import (
     Measured,
     MetricName,
     document_of,
+    reasons_document,
     scope_of,
     tables_of,
 )
@@ -45,6 +46,7 @@ from refinedet_cli.errors import UsageError
 if TYPE_CHECKING:
     from refinedet_cli.data.dataset import Dataset
     from refinedet_cli.engine.evaluate import Collected, EvaluationProgress
+    from refinedet_cli.engine.reasons import Reasons
     from refinedet_cli.engine.results import SavedDetections
     from refinedet_cli.metrics.coco import CocoResult
     from refinedet_cli.metrics.intervals import Estimates
@@ -218,9 +220,8 @@ def evaluate(
     with output.progress("Computing numbers") as bars:
         bars.add_task("", total=None)
         measured = _measure((dataset, part, data), asked, found, other)
-    if report is not None:
-        _write_page(output, measured, data, report)
-    _report(output, measured, out, report)
+    reasons = None if report is None else _write_page(output, measured, data, report)
+    _report(output, measured, out, report, reasons)
 
 
 class _Asked(NamedTuple):
@@ -417,7 +418,8 @@ def _download(output: Output, dataset: str, split: str, root: Path | None) -> No
         output.note(f"downloaded and unpacked {archive}")
 
 
-def _write_page(output: Output, measured: Measured, data: Dataset, path: Path) -> None:
+def _write_page(output: Output, measured: Measured, data: Dataset, path: Path) -> Reasons:
+    """Write the page and tell what lies behind the score."""
     from refinedet_cli.cli.eval_page import page_of
     from refinedet_cli.engine.report import write_report
 
@@ -439,12 +441,14 @@ def _write_page(output: Output, measured: Measured, data: Dataset, path: Path) -
                 workers=_DEFAULT_WORKERS,
                 on_progress=lambda done, total: bars.update(task, completed=done, total=total),
             )
-        write_report(path, page_of(measured, refinement))
+        page = page_of(measured, refinement)
+        write_report(path, page)
+    return page.reasons
 
 
-def _report(output: Output, measured: Measured, out: Path | None, page: Path | None) -> None:
+def _report(output: Output, measured: Measured, out: Path | None, page: Path | None, reasons: Reasons | None) -> None:
     """Write the files, the remarks and the result."""
-    document = document_of(measured)
+    document = {**document_of(measured), "reasons": None if reasons is None else reasons_document(reasons)}
     files: dict[str, str | None] = {"detections_file": None, "metrics_file": None}
     if out is not None:
         files = _write(out, measured, document)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from refinedet_cli.data.dataset import Dataset
     from refinedet_cli.engine.evaluate import Collected
     from refinedet_cli.engine.predict import Predictor
+    from refinedet_cli.engine.reasons import Reasons
     from refinedet_cli.engine.results import Origin, SavedDetections
     from refinedet_cli.metrics.coco import CocoResult
     from refinedet_cli.metrics.intervals import Estimate, Estimates
@@ -133,6 +134,24 @@ def document_of(measured: Measured) -> dict[str, Any]:
         "notes": list(measured.notes),
         "seconds": None if seconds is None else round(seconds, 3),
         "pictures_per_second": None if speed is None else round(speed, 2),
+    }
+
+
+def reasons_document(reasons: Reasons) -> dict[str, Any]:
+    """Lay out what lies behind a score."""
+    return {
+        "iou": 0.5,
+        "findings": list(reasons.findings),
+        "errors": [asdict(kind) for kind in reasons.errors.kinds],
+        "thresholds": {
+            name: None if best is None else best._asdict()
+            for name, best in zip(reasons.names, reasons.thresholds, strict=True)
+        },
+        "confusion": {"classes": ["background", *reasons.names], "objects_by_detections": reasons.confusion.tolist()},
+        "calibration": [asdict(part) for part in reasons.calibration],
+        "calibration_error": reasons.calibration_error,
+        "by_size": [part._asdict() for part in reasons.sizes],
+        "by_aspect": [part._asdict() for part in reasons.aspects],
     }
 
 

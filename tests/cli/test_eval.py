@@ -599,6 +599,10 @@ def test_report_explains_the_same_numbers(evaluate: Run, data: Path, tmp_path: P
     assert document["dataset"]["fingerprint"] in html
     assert "after the ARM" in html
     assert "after the ODM" in html
+    reasons = document["reasons"]
+    assert [e["kind"] for e in reasons["errors"]] == ["class", "place", "both", "duplicate", "background", "missed"]
+    assert sum(map(sum, reasons["confusion"]["objects_by_detections"][1:])) == document["dataset"]["objects"]
+    assert all(finding in html for finding in reasons["findings"])
 
 
 def test_report_of_saved_detections_needs_no_detector(evaluate: Run, run: Run, data: Path, tmp_path: Path) -> None:
