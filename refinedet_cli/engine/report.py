@@ -132,7 +132,7 @@ def render(page: Page) -> str:
     )
     environment.filters["number"] = _number
     template = environment.from_string(
-        resources.files("refinedet_cli.engine").joinpath("report.html.j2").read_text(encoding="utf-8")
+        resources.files("refinedet_cli.engine").joinpath("report.html.jinja").read_text(encoding="utf-8")
     )
     reasons = page.reasons
     return template.render(
