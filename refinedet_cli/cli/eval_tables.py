@@ -169,8 +169,8 @@ def tables_of(measured: Measured) -> list[RenderableType]:
     if measured.intervals is not None:
         parts.append(
             Text(
-                f"Intervals hold 95 % of {measured.intervals.rounds:,} drawings of as many pictures with repetition; "
-                "they do not tell how far another training run would move a number."
+                f"Intervals: bias-corrected, from {measured.intervals.rounds:,} drawings of as many pictures with "
+                "repetition; they do not tell how far another training run would move a number."
             )
         )
     return [*parts, *_speed(measured)]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr, ndtri
 
 from refinedet_cli.metrics.coco import PictureDetections, PictureTruth, match_coco
 from refinedet_cli.metrics.outcomes import Outcomes
@@ -184,7 +185,7 @@ def estimates(rounds: Rounds) -> Estimates:
     """Put an interval around each number.
 
     Returns:
-        for each number the interval between the 2.5th and the 97.5th percentile of the drawings.
+        for each number the interval that holds 95 % of the drawings, corrected for their bias.
     """
     return _summarized(rounds, rounds.overall, rounds.classes)
 
@@ -306,8 +307,24 @@ def _estimate(name: str, values: NDArray[np.float64]) -> Estimate:
     drawn = values[1:][~np.isnan(values[1:])]
     if value is None or not len(drawn):
         return Estimate(name, value, None, None, 0)
-    low, high = np.percentile(drawn, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
+    low, high = np.percentile(drawn, 100 * _corrected(values[0], drawn))
     return Estimate(name, value, float(low), float(high), len(drawn))
+
+
+def _corrected(value: float, drawn: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Shift the two quantiles by how far the drawings lie to one side of the number itself.
+
+    AP rises a little when pictures are drawn twice; uncorrected, its interval sits too high.
+
+    Source: the bias-corrected percentile interval (Efron and Tibshirani, An Introduction to the Bootstrap, Sec. 14.3,
+    without acceleration).
+    """
+    tails = np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    below = float((drawn < value).mean() + (drawn == value).mean() / 2)
+    if not 0 < below < 1:  # all on one side: there is no telling how far
+        return tails
+    shifted: NDArray[np.float64] = ndtr(2 * ndtri(below) + ndtri(tails))
+    return shifted
 
 
 def _check_drawn(drawn: NDArray[np.int64], pictures: int) -> None:

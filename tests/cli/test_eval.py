@@ -398,7 +398,7 @@ def test_intervals_stand_beside_the_numbers(saved: Run, found: Path) -> None:
     assert rows["AR10"][2] == "with"  # no interval
     dog = boot["classes"][0]["AP50"]
     assert f"{dog['low']:.3f} to {dog['high']:.3f}" in next(line for line in stdout.splitlines() if "dog" in line)
-    assert "95 % of 200 drawings" in stdout
+    assert "from 200 drawings" in stdout
 
 
 def test_intervals_of_voc_numbers(saved: Run, found: Path) -> None:

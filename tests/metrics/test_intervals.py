@@ -163,9 +163,19 @@ def rounds_of(overall: np.ndarray, classes: np.ndarray | None = None) -> Rounds:
 
 def test_an_interval_holds_the_middle_95_percent() -> None:
     drawn = np.random.default_rng(0).permutation(1001) / 1000  # 0, 0.001, ..., 1
-    (only,) = estimates(rounds_of(np.array([0.3, *drawn]))).overall
-    assert (only.name, only.value, only.rounds) == ("AP", 0.3, 1001)
+    (only,) = estimates(rounds_of(np.array([0.5, *drawn]))).overall
+    assert (only.name, only.value, only.rounds) == ("AP", 0.5, 1001)
     np.testing.assert_allclose([only.low, only.high], [0.025, 0.975], rtol=0, atol=1e-12)
+
+
+def test_an_interval_is_corrected_for_drawings_that_lie_to_one_side() -> None:
+    drawn = np.random.default_rng(0).permutation(1001) / 1000
+    (only,) = estimates(rounds_of(np.array([0.3, *drawn]))).overall
+    # 30 % lie below, 0.5244 deviations from the middle: the quantiles move by twice that, to 1.96 + 1.0488 deviations
+    # below the middle and 1.96 - 1.0488 above it.
+    np.testing.assert_allclose([only.low, only.high], [0.00131, 0.8189], rtol=0, atol=1e-3)
+    (above,) = estimates(rounds_of(np.array([-1.0, *drawn]))).overall  # no telling how far: not corrected
+    np.testing.assert_allclose([above.low, above.high], [0.025, 0.975], rtol=0, atol=1e-12)
 
 
 def test_drawings_without_a_number_are_left_out_and_counted() -> None:
