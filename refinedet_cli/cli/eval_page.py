@@ -33,7 +33,7 @@ def page_of(measured: Measured, refinement: Refinement | None) -> Page:
         numbers.append(Number(name, meaning, getattr(measured.result, name.partition("_voc")[0]), low, high))
     columns, rows = class_numbers(measured)
     return Page(
-        title=f"{measured.source} by {_maker(measured)}",
+        title=f"{measured.dataset.name} by {_maker(measured)}",
         scope=f"{scope_of(measured)}: {len(collected.records):,} pictures, {collected.objects:,} objects",
         numbers=numbers,
         columns=columns,
