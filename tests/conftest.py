@@ -14,6 +14,10 @@ import hypothesis
 import pytest
 import torch
 
+from refinedet_cli.core.config import DetectorConfig
+from refinedet_cli.core.refinedet import build
+from refinedet_cli.zoo.checkpoint import save_checkpoint
+
 # Cases are the same in every run, and a busy machine fails none.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
@@ -79,6 +83,23 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no sample data at {folder}; set REFINEDET_TEST_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def save_random() -> Callable[[Path, DetectorConfig], Path]:
+    """Save a seeded random detector whose scores differ from box to box, so that it finds something everywhere."""
+
+    def save(path: Path, config: DetectorConfig) -> Path:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = build(config).network
+            for name, parameter in network.named_parameters():
+                if name.startswith(("arm", "odm")):
+                    torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 1.0)
+        save_checkpoint(path, config, network.state_dict(), {})
+        return path
+
+    return save
 
 
 @pytest.fixture

@@ -14,10 +14,9 @@ from typing import Any
 from refinedet_cli.core.config import Classes
 from refinedet_cli.data.dataset import Dataset, listed
 from refinedet_cli.data.images import image_size, open_regular
+from refinedet_cli.data.json_entries import category_names, get, is_number, kind_of, list_of, named, shown, whole
 from refinedet_cli.data.records import Objects, Pictures, make_records, unused_classes
 from refinedet_cli.errors import DataError
-
-_MAX_INT = 2**63 - 1
 
 
 def read_coco(path: Path, images: Path | None = None, *, search: Sequence[Path] = ()) -> Dataset:
@@ -77,14 +76,9 @@ def _load(path: Path) -> dict[str, Any]:
     if isinstance(document, list) and document and isinstance(document[0], dict) and "score" in document[0]:
         raise DataError(f"{path} is a list of COCO results, not a data set", "name the annotation file")
     raise DataError(
-        f"{path} holds a JSON {_kind(document)}, not a COCO data set",
+        f"{path} holds a JSON {kind_of(document)}, not a COCO data set",
         "expected an object with images, annotations and categories",
     )
-
-
-def _kind(value: object) -> str:
-    kinds = {dict: "object", list: "list", str: "string", bool: "truth value", type(None): "null"}
-    return kinds.get(type(value), "number")
 
 
 def _entries(path: Path, document: dict[str, Any], key: str) -> list[Any]:
@@ -94,56 +88,12 @@ def _entries(path: Path, document: dict[str, Any], key: str) -> list[Any]:
             f"a COCO data set has images, annotations and categories; here are: "
             f"{listed([str(k) for k in document], 10) or 'none'}",
         )
-    entries = document[key]
-    if not isinstance(entries, list):
-        raise DataError(f"{path}: {key} is a JSON {_kind(entries)}", "it must be a list")
-    return entries
-
-
-def _get(entry: object, key: str, where: str) -> object:
-    if not isinstance(entry, dict):
-        raise DataError(f"{where} is a JSON {_kind(entry)}", "it must be an object")
-    try:
-        value: object = entry[key]
-    except KeyError:
-        raise DataError(f"{where}{_named(entry)} has no {key!r}", f"add {key!r}, or remove the entry") from None
-    return value
-
-
-def _named(entry: dict[str, Any]) -> str:
-    return f" (id {_shown(entry['id'])})" if "id" in entry else ""
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _whole(entry: object, key: str, where: str) -> int:
-    """A whole number of 64 bits; 3.0 passes, for tools that go through tables write ids so."""
-    value = _get(entry, key, where)
-    if type(value) is float and value.is_integer():
-        value = int(value)
-    if type(value) is not int or not -_MAX_INT <= value <= _MAX_INT:
-        raise DataError(f"{where}: {key} is {_shown(value)}", "it must be a whole number")
-    return value
+    return list_of(document, key, path)
 
 
 def _categories(path: Path, entries: list[Any]) -> tuple[Classes, dict[int, int]]:
     """The classes by ascending id, and the label of each id."""
-    names: dict[int, str] = {}
-    for index, entry in enumerate(entries):
-        where = f"{path}: categories[{index}]"
-        identity, name = _whole(entry, "id", where), _get(entry, "name", where)
-        if not isinstance(name, str) or not name.strip():
-            raise DataError(f"{where} (id {identity}): name is {_shown(name)}", "give the class a name")
-        if identity in names:
-            raise DataError(f"{where}: id {identity} is {names[identity]!r} already", "give each class its own id")
-        if name in names.values():
-            raise DataError(f"{where} (id {identity}): the name {name!r} is there already", "merge the two classes")
-        names[identity] = name
-    if not names:
-        raise DataError(f"{path} has no categories", "list the classes with id and name")
+    names = category_names(entries, path)
     ordered = sorted(names)
     classes = Classes(names=tuple(names[i] for i in ordered), category_ids=tuple(ordered))
     return classes, {identity: label for label, identity in enumerate(ordered, start=1)}
@@ -166,13 +116,13 @@ def _root(path: Path, images: Path | None, entries: list[Any], search: Sequence[
 
 def _file_name(entry: object, where: str) -> str:
     """The path of a picture with forward slashes, not leading upwards."""
-    name = _get(entry, "file_name", where)
+    name = get(entry, "file_name", where)
     if not isinstance(name, str) or not name or "\0" in name:
-        raise DataError(f"{where}: file_name is {_shown(name)}", "it must be the path of a picture")
+        raise DataError(f"{where}: file_name is {shown(name)}", "it must be the path of a picture")
     relative = name.replace("\\", "/")
     if relative.startswith("/") or re.match(r"[A-Za-z]:", relative) or ".." in relative.split("/"):
         raise DataError(
-            f"{where}: file_name {_shown(name)} leads out of the folder of pictures",
+            f"{where}: file_name {shown(name)} leads out of the folder of pictures",
             "use names relative to the JSON's folder, or to the folder given with --images",
         )
     return relative
@@ -183,7 +133,7 @@ def _pictures(path: Path, entries: list[Any], root: Path) -> _Pictures:
     folders: dict[str, list[tuple[str, int]]] = {}
     for index, entry in enumerate(entries):
         where = f"{path}: images[{index}]"
-        identity, name = _whole(entry, "id", where), _file_name(entry, where)
+        identity, name = whole(entry, "id", where), _file_name(entry, where)
         if found.positions.setdefault(identity, index) != index:
             raise DataError(
                 f"{where}: image id {identity} is used by images[{found.positions[identity]}] already",
@@ -208,9 +158,9 @@ def _pictures(path: Path, entries: list[Any], root: Path) -> _Pictures:
 def _size(entry: dict[str, Any], where: str, picture: Path) -> tuple[int, int]:
     if not entry.get("width") or not entry.get("height"):  # Absent, null or 0.
         return image_size(picture)
-    width, height = _whole(entry, "width", where), _whole(entry, "height", where)
+    width, height = whole(entry, "width", where), whole(entry, "height", where)
     if not (0 < width < 2**31 and 0 < height < 2**31):
-        raise DataError(f"{where}{_named(entry)}: the size is {width} x {height}", "give the picture's size in pixels")
+        raise DataError(f"{where}{named(entry)}: the size is {width} x {height}", "give the picture's size in pixels")
     return width, height
 
 
@@ -244,8 +194,8 @@ def _objects(path: Path, entries: list[Any], positions: dict[int, int], labels: 
     seen: dict[int, int] = {}
     for index, entry in enumerate(entries):
         where = f"{path}: annotations[{index}]"
-        identity = _whole(entry, "id", where)
-        picture, category = _whole(entry, "image_id", where), _whole(entry, "category_id", where)
+        identity = whole(entry, "id", where)
+        picture, category = whole(entry, "image_id", where), whole(entry, "category_id", where)
         if seen.setdefault(identity, index) != index:
             raise DataError(
                 f"{where}: annotation id {identity} is used by annotations[{seen[identity]}] already",
@@ -273,22 +223,18 @@ def _objects(path: Path, entries: list[Any], positions: dict[int, int], labels: 
 
 
 def _box(entry: dict[str, Any], where: str) -> list[float]:
-    box = _get(entry, "bbox", where)
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+    box = get(entry, "bbox", where)
+    # null stands for NaN in JSON that was written by the book; such a box is dropped and counted.
+    if not isinstance(box, list) or len(box) != 4 or not all(v is None or is_number(v) for v in box):
         raise DataError(
-            f"{where}{_named(entry)}: bbox is {_shown(box)}", "it must be four numbers: left, top, width, height"
+            f"{where}{named(entry)}: bbox is {shown(box)}", "it must be four numbers: left, top, width, height"
         )
     return [float("nan") if v is None else float(v) for v in box]
 
 
-def _is_number(value: object) -> bool:
-    # null stands for NaN in JSON that was written by the book; such a box is dropped and counted.
-    return type(value) is float or value is None or (type(value) is int and abs(value) <= _MAX_INT)
-
-
 def _area(value: object) -> float:
     """The area as given, or NaN where it is absent or no area."""
-    if _is_number(value) and value is not None and 0 < float(value) < float("inf"):  # type: ignore[arg-type]
+    if is_number(value) and 0 < float(value) < float("inf"):  # type: ignore[arg-type]
         return float(value)  # type: ignore[arg-type]
     return float("nan")
 
@@ -299,4 +245,4 @@ def _flag(entry: dict[str, Any], key: str, where: str) -> bool:
         return bool(value)
     if type(value) in (int, float) and value in (0, 1):
         return bool(value)
-    raise DataError(f"{where}{_named(entry)}: {key} is {_shown(value)}", "it must be 0 or 1")
+    raise DataError(f"{where}{named(entry)}: {key} is {shown(value)}", "it must be 0 or 1")

@@ -20,6 +20,7 @@ from refinedet_cli.core.multi_scale import ScaleSchedule
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.data.files import write_json
 from refinedet_cli.data.images import open_regular
+from refinedet_cli.data.json_entries import category_names, get, is_number, list_of, shown, whole
 from refinedet_cli.errors import DataError
 from refinedet_cli.zoo.checkpoint import LoadedDetector, file_sha256
 
@@ -29,7 +30,6 @@ _BOX_DECIMALS = 3
 _SCORE_DECIMALS = 6
 # No picture is as large; beyond it, areas would overflow.
 _MAX_PIXEL = 2**31
-_MAX_INT = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -312,9 +312,10 @@ def read_results(path: Path) -> SavedDetections:
             f"{path} holds no detections",
             "expected a detections.json, or a list of COCO results with image_id, category_id, bbox and score",
         )
-    pictures = _picture_names(_list(document, "images", path), path)
-    classes = _saved_classes(_list(document, "categories", path), path)
-    rows = _detection_columns(_list(document, "annotations", path), f"{path}: annotations")
+    pictures = _picture_names(list_of(document, "images", path), path)
+    names = category_names(list_of(document, "categories", path), path)
+    classes = Classes(names=tuple(names.values()), category_ids=tuple(names))
+    rows = _detection_columns(list_of(document, "annotations", path), f"{path}: annotations")
     known = set(classes.category_ids)
     for index, (image_id, category_id) in enumerate(zip(rows.image_ids, rows.category_ids, strict=True)):
         if image_id not in pictures or category_id not in known:
@@ -353,16 +354,19 @@ def _detection_columns(entries: list[Any], where: str) -> _Columns:
     columns = _Columns()
     for index, entry in enumerate(entries):
         place = f"{where}[{index}]"
-        columns.image_ids.append(_whole(entry, "image_id", place))
-        columns.category_ids.append(_whole(entry, "category_id", place))
-        box, score = _get(entry, "bbox", place), _get(entry, "score", place)
+        columns.image_ids.append(whole(entry, "image_id", place))
+        columns.category_ids.append(whole(entry, "category_id", place))
+        box = get(entry, "bbox", place)
+        if "score" not in entry:
+            raise DataError(f"{place} has no 'score'", "is this the data set instead of detections?")
+        score = entry["score"]
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_pixel, box)) or box[2] < 0 or box[3] < 0:
             raise DataError(
-                f"{place}: bbox is {_shown(box)}",
+                f"{place}: bbox is {shown(box)}",
                 "it must be left, top, width and height in pixels, finite, width and height not negative",
             )
-        if not _is_number(score) or not math.isfinite(score):
-            raise DataError(f"{place}: score is {_shown(score)}", "it must be a finite number")
+        if not is_number(score) or not math.isfinite(score):
+            raise DataError(f"{place}: score is {shown(score)}", "it must be a finite number")
         columns.boxes.append([float(v) for v in box])
         columns.scores.append(float(score))
     return columns
@@ -372,28 +376,13 @@ def _picture_names(entries: list[Any], path: Path) -> dict[int, str]:
     names: dict[int, str] = {}
     for index, entry in enumerate(entries):
         where = f"{path}: images[{index}]"
-        identity, name = _whole(entry, "id", where), _get(entry, "file_name", where)
+        identity, name = whole(entry, "id", where), get(entry, "file_name", where)
         if not isinstance(name, str):
-            raise DataError(f"{where}: file_name is {_shown(name)}", "it must be the path of a picture")
+            raise DataError(f"{where}: file_name is {shown(name)}", "it must be the path of a picture")
         if identity in names:
             raise DataError(f"{where}: image id {identity} is there already", "give each picture its own id")
         names[identity] = name
     return names
-
-
-def _saved_classes(entries: list[Any], path: Path) -> Classes:
-    names: dict[int, str] = {}
-    for index, entry in enumerate(entries):
-        where = f"{path}: categories[{index}]"
-        identity, name = _whole(entry, "id", where), _get(entry, "name", where)
-        if not isinstance(name, str) or not name.strip():
-            raise DataError(f"{where}: name is {_shown(name)}", "give the class a name")
-        if identity in names or name in names.values():
-            raise DataError(f"{where}: id {identity} or the name {name!r} is there already", "list each class once")
-        names[identity] = name
-    if not names:
-        raise DataError(f"{path} has no categories", "list the classes with id and name")
-    return Classes(names=tuple(names.values()), category_ids=tuple(names))
 
 
 def _notes(info: Mapping[str, Any], path: Path) -> tuple[str, ...]:
@@ -405,40 +394,5 @@ def _notes(info: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _list(document: Mapping[str, Any], key: str, path: Path) -> list[Any]:
-    entries = document[key]
-    if not isinstance(entries, list):
-        raise DataError(f"{path}: {key} is {_shown(entries)}", "it must be a list")
-    return entries
-
-
-def _get(entry: object, key: str, where: str) -> Any:
-    if not isinstance(entry, dict):
-        raise DataError(f"{where} is {_shown(entry)}", "it must be an object")
-    if key not in entry:
-        cure = "is this the data set instead of detections?" if key == "score" else f"add {key!r}, or remove the entry"
-        raise DataError(f"{where} has no {key!r}", cure)
-    return entry[key]
-
-
-def _whole(entry: object, key: str, where: str) -> int:
-    """A whole number of 64 bits; 3.0 passes, for tools that go through tables write ids so."""
-    value = _get(entry, key, where)
-    if type(value) is float and value.is_integer():
-        value = int(value)
-    if type(value) is not int or abs(value) > _MAX_INT:
-        raise DataError(f"{where}: {key} is {_shown(value)}", "it must be a whole number")
-    return value
-
-
-def _is_number(value: object) -> bool:
-    return type(value) is float or (type(value) is int and abs(value) <= _MAX_INT)
-
-
 def _is_pixel(value: Any) -> bool:
-    return _is_number(value) and abs(value) <= _MAX_PIXEL
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return is_number(value) and abs(value) <= _MAX_PIXEL

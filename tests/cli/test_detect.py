@@ -12,35 +12,24 @@ import pytest
 import torch
 from PIL import Image
 
-from refinedet_cli.core.config import Classes
+from refinedet_cli.core.config import Classes, DetectorConfig
 from refinedet_cli.core.presets import tiny
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.engine import draw
 from refinedet_cli.errors import CheckpointError
 from refinedet_cli.zoo import hub
-from refinedet_cli.zoo.checkpoint import save_checkpoint
 
 # The seeded detector below scores its best boxes above this, in every picture.
 SCORE = 0.6
 
 
-def checkpoint(path: Path, *names: str) -> Path:
-    """Write a seeded random detector."""
-    ids = (1, 17, 18)[: len(names)]
-    config = tiny(Classes(names=names, category_ids=ids)).detector
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = build(config).network
-        for name, parameter in network.named_parameters():
-            if name.startswith(("arm", "odm")):
-                torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 1.0)
-    save_checkpoint(path, config, network.state_dict(), {})
-    return path
+def config_of(*names: str) -> DetectorConfig:
+    return tiny(Classes(names=names, category_ids=(1, 17, 18)[: len(names)])).detector
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return checkpoint(tmp_path_factory.mktemp("weights") / "tiny.safetensors", "person", "[red] :cat:", "dog")
+def weights(tmp_path_factory, save_random) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    return save_random(path, config_of("person", "[red] :cat:", "dog"))
 
 
 @pytest.fixture
@@ -350,10 +339,10 @@ def test_a_score_below_the_detectors_own_is_remarked_on(run, weights, photos):
     assert "keeps nothing" not in run(*args, "--quiet").stderr
 
 
-def test_names_that_no_font_can_write_are_warned_about(run, photos, tmp_path, monkeypatch):
+def test_names_that_no_font_can_write_are_warned_about(run, photos, tmp_path, monkeypatch, save_random):
     monkeypatch.setattr(draw, "_WIDE_FONTS", ())
     draw._font_file.cache_clear()
-    odd = checkpoint(tmp_path / "odd.safetensors", "person", "猫")
+    odd = save_random(tmp_path / "odd.safetensors", config_of("person", "猫"))
     try:
         args = ("detect", photos, "--weights", odd, "--device", "cpu", "--quiet", "--out")
         finished = run(*args, tmp_path / "out")

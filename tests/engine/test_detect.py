@@ -15,28 +15,20 @@ from PIL import Image
 
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import tiny
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.data.images import FoundImage, find_images, read_image
 from refinedet_cli.engine import detect as module
 from refinedet_cli.engine.detect import DetectResult, annotated_paths, detect
 from refinedet_cli.engine.predict import Predictor
 from refinedet_cli.errors import DataError, UsageError
-from refinedet_cli.zoo.checkpoint import load_detector, save_checkpoint
+from refinedet_cli.zoo.checkpoint import load_detector
 
 
 @pytest.fixture(scope="module")
-def predictor(tmp_path_factory) -> Predictor:
+def predictor(tmp_path_factory, save_random) -> Predictor:
     """A seeded random detector that finds something in every picture."""
     config = tiny(Classes(names=("person", "Straßenbahn", "dog"), category_ids=(1, 17, 18))).detector
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = build(config).network
-        for name, parameter in network.named_parameters():
-            if name.startswith(("arm", "odm")):
-                torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 1.0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_checkpoint(path, config, network.state_dict(), {})
+    path = save_random(tmp_path_factory.mktemp("weights") / "tiny.safetensors", config)
     return Predictor(load_detector(path), device=torch.device("cpu"), precision="fp32")
 
 

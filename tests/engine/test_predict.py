@@ -12,27 +12,19 @@ from refinedet_cli.core.config import Classes
 from refinedet_cli.core.postprocess import soften, suppress, to_detections
 from refinedet_cli.core.preprocess import preprocess
 from refinedet_cli.core.presets import tiny
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.engine.predict import Predictor, default_batch
-from refinedet_cli.zoo.checkpoint import LoadedDetector, load_detector, save_checkpoint
+from refinedet_cli.zoo.checkpoint import LoadedDetector, load_detector
 
 CPU = torch.device("cpu")
 SIZES = ((64, 64), (48, 100), (130, 31), (20, 20), (64, 65), (90, 90), (33, 77))
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory) -> LoadedDetector:
+def loaded(tmp_path_factory, save_random) -> LoadedDetector:
     """A seeded random detector whose scores differ from box to box."""
     config = tiny(Classes(names=("person", "cat", "dog"), category_ids=(1, 17, 18))).detector
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = build(config).network
-        for name, parameter in network.named_parameters():
-            if name.startswith(("arm", "odm")):
-                torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 1.0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_checkpoint(path, config, network.state_dict(), {})
+    path = save_random(tmp_path_factory.mktemp("weights") / "tiny.safetensors", config)
     return load_detector(path)
 
 
