@@ -16,6 +16,7 @@ import torch
 
 from refinedet_cli.core.config import DetectorConfig
 from refinedet_cli.core.refinedet import build
+from refinedet_cli.core.structures import Detections
 from refinedet_cli.zoo.checkpoint import save_checkpoint
 
 # Cases are the same in every run, and a busy machine fails none.
@@ -100,6 +101,21 @@ def save_random() -> Callable[[Path, DetectorConfig], Path]:
         return path
 
     return save
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[[Detections, Detections], None]:
+    """Compare detections within 1e-4; of two nearly tied ones either may come first, and nothing found fails."""
+
+    def check(a: Detections, b: Detections) -> None:
+        assert len(a) == len(b) > 0
+        torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=1e-4)
+        near = (a.boxes[:, None] - b.boxes[None]).abs().amax(dim=2) < 1e-2
+        equal = near & (a.labels[:, None] == b.labels) & ((a.scores[:, None] - b.scores).abs() < 1e-4)
+        assert equal.any(dim=0).all()
+        assert equal.any(dim=1).all()
+
+    return check
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from PIL import Image
 
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import tiny
-from refinedet_cli.core.structures import Detections
 from refinedet_cli.data.images import FoundImage, find_images, read_image
 from refinedet_cli.engine import detect as module
 from refinedet_cli.engine.detect import DetectResult, annotated_paths, detect
@@ -91,7 +90,7 @@ def test_results_and_annotated_copies(predictor, photos, tmp_path):
     assert sum(count.objects for count in result.counts) == result.objects
 
 
-def test_nothing_depends_on_batch_and_readers(predictor, photos, tmp_path):
+def test_nothing_depends_on_batch_and_readers(predictor, photos, tmp_path, assert_same):
     images = find_images([str(photos)])
     results = [
         go(predictor, images, tmp_path / f"out{i}", batch=batch, readers=readers, draw=False)
@@ -104,22 +103,12 @@ def test_nothing_depends_on_batch_and_readers(predictor, photos, tmp_path):
             assert_same(a.result.detections, b.result.detections)
 
 
-def test_nothing_depends_on_the_order_of_files(predictor, photos):
+def test_nothing_depends_on_the_order_of_files(predictor, photos, assert_same):
     images = find_images([str(photos)])
     forward, backward = go(predictor, images), go(predictor, images[::-1])
     assert [p.path for p in backward.pictures] == [p.path for p in forward.pictures][::-1]
     for a, b in zip(forward.pictures, backward.pictures[::-1], strict=True):
         assert_same(a.result.detections, b.result.detections)
-
-
-def assert_same(a: Detections, b: Detections) -> None:
-    """Every detection has its equal in the other list, within 1e-4; of two nearly tied ones either may come first."""
-    assert len(a) == len(b) > 0
-    torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=1e-4)
-    near = (a.boxes[:, None] - b.boxes[None]).abs().amax(dim=2) < 1e-2
-    equal = near & (a.labels[:, None] == b.labels) & ((a.scores[:, None] - b.scores).abs() < 1e-4)
-    assert equal.any(dim=0).all()
-    assert equal.any(dim=1).all()
 
 
 def test_two_runs_write_the_same_bytes(predictor, photos, tmp_path):

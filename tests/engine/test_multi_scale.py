@@ -62,21 +62,11 @@ def single(loaded: LoadedDetector, height: int, width: int) -> Predictor:
     return Predictor(replace(loaded, detector=replace(loaded.detector, config=config)), device=CPU, precision="fp32")
 
 
-def assert_same(a: Detections, b: Detections) -> None:
-    """Every detection has its equal in the other list; of two nearly tied ones either may come first."""
-    assert len(a) == len(b) > 0
-    torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=1e-4)
-    near = (a.boxes[:, None] - b.boxes[None]).abs().amax(dim=2) < 1e-2
-    equal = near & (a.labels[:, None] == b.labels) & ((a.scores[:, None] - b.scores).abs() < 1e-4)
-    assert equal.any(dim=0).all()
-    assert equal.any(dim=1).all()
-
-
 # --- the passes
 
 
 @pytest.mark.parametrize("voting", ["average", "soft"])
-def test_it_is_the_ordinary_predictor_pass_by_pass(loaded, images, voting):
+def test_it_is_the_ordinary_predictor_pass_by_pass(loaded, images, voting, assert_same):
     schedule = replace(SMALL, voting=voting)
     together = multi(loaded, schedule).predict(images)
     for image, found in zip(images, together, strict=True):
@@ -92,7 +82,7 @@ def test_it_is_the_ordinary_predictor_pass_by_pass(loaded, images, voting):
         assert_same(found, pool(looks, schedule, loaded.config.postprocess))
 
 
-def test_one_plain_pass_that_votes_with_none_is_the_ordinary_predictor(loaded, images):
+def test_one_plain_pass_that_votes_with_none_is_the_ordinary_predictor(loaded, images, assert_same):
     schedule = ScaleSchedule(name="one", passes=(ScalePass(size=64, mirror=False),), voting_iou=1.0)
     ordinary = Predictor(loaded, device=CPU, precision="fp32").predict(images)
     for found, expected in zip(multi(loaded, schedule).predict(images), ordinary, strict=True):
@@ -108,7 +98,7 @@ def test_anchors_stay_in_input_pixels(loaded, images):
     assert sides[256] < 0.6 * sides[64]
 
 
-def test_what_is_found_does_not_depend_on_batch_and_order(loaded, images):
+def test_what_is_found_does_not_depend_on_batch_and_order(loaded, images, assert_same):
     predictor = multi(loaded)
     together = predictor.predict(images)
     for image, backward, expected in zip(images, predictor.predict(images[::-1])[::-1], together, strict=True):
@@ -125,7 +115,7 @@ def test_boxes_lie_inside_their_pictures_and_the_best_are_kept(loaded, images):
         assert (found.scores.diff() <= 0).all()
 
 
-def test_limits_grow_with_the_picture_where_a_side_is_given(loaded, images):
+def test_limits_grow_with_the_picture_where_a_side_is_given(loaded, images, assert_same):
     entry = ScalePass(size=64, mirror=False, min_side_below=20)
     schedule = ScaleSchedule(name="x", passes=(entry,), voting_iou=1.0)
     picture = images[2]  # its longer side has 130 px
@@ -141,7 +131,7 @@ def test_pictures_are_checked_and_may_be_none(loaded, images):
         multi(loaded).predict([images[0], np.zeros((8, 8, 4), np.uint8)])
 
 
-def test_voting_takes_the_place_of_soft_nms(loaded, images):
+def test_voting_takes_the_place_of_soft_nms(loaded, images, assert_same):
     post = replace(loaded.config.postprocess, soft_nms_iou=0.1)
     config = replace(loaded.config, postprocess=post)
     softened = replace(loaded, detector=replace(loaded.detector, config=config))

@@ -12,7 +12,6 @@ from refinedet_cli.core.config import Classes
 from refinedet_cli.core.postprocess import soften, suppress, to_detections
 from refinedet_cli.core.preprocess import preprocess
 from refinedet_cli.core.presets import tiny
-from refinedet_cli.core.structures import Detections
 from refinedet_cli.engine.predict import Predictor, default_batch
 from refinedet_cli.zoo.checkpoint import LoadedDetector, load_detector
 
@@ -39,30 +38,20 @@ def images() -> list[np.ndarray]:
     return [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
 
 
-def assert_same(a: Detections, b: Detections) -> None:
-    """Every detection has its equal in the other list, within 1e-4; of two nearly tied ones either may come first."""
-    assert len(a) == len(b)
-    torch.testing.assert_close(a.scores, b.scores, rtol=0, atol=1e-4)
-    near = (a.boxes[:, None] - b.boxes[None]).abs().amax(dim=2) < 1e-2
-    equal = near & (a.labels[:, None] == b.labels) & ((a.scores[:, None] - b.scores).abs() < 1e-4)
-    assert equal.any(dim=0).all()
-    assert equal.any(dim=1).all()
-
-
-def test_what_is_found_does_not_depend_on_the_batch(predictor, images):
+def test_what_is_found_does_not_depend_on_the_batch(predictor, images, assert_same):
     together = predictor.predict(images)
     assert sum(len(d) for d in together) > 50
     for image, expected in zip(images, together, strict=True):
         assert_same(predictor.predict([image])[0], expected)
 
 
-def test_what_is_found_does_not_depend_on_the_order(predictor, images):
+def test_what_is_found_does_not_depend_on_the_order(predictor, images, assert_same):
     forward, backward = predictor.predict(images), predictor.predict(images[::-1])
     for a, b in zip(forward, backward[::-1], strict=True):
         assert_same(a, b)
 
 
-def test_it_is_the_chain_of_the_core(predictor, loaded, images):
+def test_it_is_the_chain_of_the_core(predictor, loaded, images, assert_same):
     config, detector = loaded.config, loaded.detector
     with torch.no_grad():
         inputs = torch.stack([preprocess(torch.from_numpy(image), config.preprocess) for image in images])
@@ -83,7 +72,7 @@ def test_boxes_lie_inside_their_pictures_and_scores_descend(predictor, images):
         assert not found.boxes.requires_grad
 
 
-def test_soft_nms_follows_where_the_config_has_it(predictor, loaded, images):
+def test_soft_nms_follows_where_the_config_has_it(predictor, loaded, images, assert_same):
     post = replace(loaded.config.postprocess, soft_nms_iou=0.2)
     config = replace(loaded.config, postprocess=post)
     softened = replace(loaded, detector=replace(loaded.detector, config=config))
@@ -117,7 +106,7 @@ def test_other_arrays_are_refused_by_place_and_cure(predictor, images, image, cu
         predictor.predict([images[0], image])
 
 
-def test_read_only_and_mirrored_arrays_are_taken_and_left_alone(predictor, images):
+def test_read_only_and_mirrored_arrays_are_taken_and_left_alone(predictor, images, assert_same):
     frozen = images[1].copy()
     frozen.flags.writeable = False
     mirrored = images[1][:, ::-1]
