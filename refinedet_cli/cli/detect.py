@@ -31,7 +31,7 @@ from refinedet_cli.errors import DataError, PartialError, UsageError
 if TYPE_CHECKING:
     from refinedet_cli.core.config import Classes
     from refinedet_cli.engine.detect import DetectedPicture, DetectResult, Progress
-    from refinedet_cli.engine.predict import Predictor
+    from refinedet_cli.engine.predict import AnyPredictor
 
 # With more pictures than this, only classes are listed; and of one picture, not more than its best detections.
 _FEW_PICTURES = 20
@@ -67,17 +67,13 @@ def detect(
     images = find_images(_named(sources))
 
     from refinedet_cli.engine.detect import detect as run
-    from refinedet_cli.engine.device import describe_device, select_device, select_precision
-    from refinedet_cli.engine.multi_scale import make_predictor, remark_on_limits
+    from refinedet_cli.engine.device import describe_device, select_device
+    from refinedet_cli.engine.multi_scale import remark_on_limits
+    from refinedet_cli.engine.open_predictor import open_predictor
     from refinedet_cli.engine.predict import default_batch
-    from refinedet_cli.zoo.checkpoint import load_detector
-    from refinedet_cli.zoo.hub import resolve_weights
 
     chosen = select_device(device)
-    loaded = load_detector(resolve_weights(weights))
-    predictor = make_predictor(
-        loaded, device=chosen, precision=select_precision(precision or "fp32", chosen), multi_scale=multi_scale
-    )
+    predictor = open_predictor(weights, device=chosen, precision=precision, multi_scale=multi_scale)
     draw = out is not None and not no_draw
     _announce(output, predictor, score=score, draw=draw)
 
@@ -131,7 +127,7 @@ def _named(sources: Sequence[str]) -> list[str]:
     return named
 
 
-def _announce(output: Output, predictor: Predictor, *, score: float, draw: bool) -> None:
+def _announce(output: Output, predictor: AnyPredictor, *, score: float, draw: bool) -> None:
     """Say before the work what is worth knowing of it."""
     from refinedet_cli.engine.draw import undrawable_names
     from refinedet_cli.engine.multi_scale import remark_on_passes

@@ -301,28 +301,22 @@ def _load(
     device: DeviceName,
     precision: PrecisionName | None,
 ) -> Detector:
-    from refinedet_cli.engine.device import describe_device, select_device, select_precision
-    from refinedet_cli.engine.evaluate import with_postprocess
-    from refinedet_cli.engine.multi_scale import make_predictor, remark_on_passes
+    from refinedet_cli.engine.device import describe_device, select_device
+    from refinedet_cli.engine.multi_scale import remark_on_passes
+    from refinedet_cli.engine.open_predictor import open_predictor
     from refinedet_cli.engine.results import origin_of
-    from refinedet_cli.zoo.checkpoint import load_detector
-    from refinedet_cli.zoo.hub import resolve_weights
 
     chosen = select_device(device)
-    loaded = load_detector(resolve_weights(weights))
-    if postprocess is not None:
-        loaded = with_postprocess(loaded, POSTPROCESS_PRESETS[postprocess]())
-    predictor = make_predictor(
-        loaded, device=chosen, precision=select_precision(precision or "fp32", chosen), multi_scale=multi_scale
+    predictor = open_predictor(
+        weights,
+        device=chosen,
+        precision=precision,
+        multi_scale=multi_scale,
+        postprocess=None if postprocess is None else POSTPROCESS_PRESETS[postprocess](),
     )
     if remark := remark_on_passes(predictor):
         output.note(remark)
-    origin = origin_of(
-        loaded,
-        precision=predictor.precision,
-        score_threshold=loaded.config.postprocess.score_threshold,
-        multi_scale=predictor.schedule,
-    )
+    origin = origin_of(predictor, score_threshold=predictor.config.postprocess.score_threshold)
     return Detector(predictor, origin, describe_device(chosen))
 
 
@@ -427,17 +421,20 @@ def _write_page(output: Output, measured: Measured, data: Dataset, path: Path) -
         task = bars.add_task("", total=None)
         refinement = None
         made = measured.made
-        if isinstance(made, Detector) and made.predictor.config.network.arm and data.objects:
+        predictor = made.predictor if isinstance(made, Detector) else None
+        from refinedet_cli.engine.predict import Predictor, default_batch
+
+        # An exported file gives detections alone, not what its network made of the anchors.
+        if isinstance(predictor, Predictor) and predictor.config.network.arm and data.objects:
             from refinedet_cli.engine.anchor_refinement import measure_refinement
-            from refinedet_cli.engine.predict import default_batch
 
             refinement = measure_refinement(
-                made.predictor.loaded,
+                predictor.loaded,
                 data,
                 pictures=_REFINEMENT_PICTURES,
                 seed=_SEED,
-                device=made.predictor.device,
-                batch=default_batch(made.predictor.device),
+                device=predictor.device,
+                batch=default_batch(predictor.device),
                 workers=_DEFAULT_WORKERS,
                 on_progress=lambda done, total: bars.update(task, completed=done, total=total),
             )

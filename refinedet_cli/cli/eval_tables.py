@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from refinedet_cli.core.config import PostprocessConfig
     from refinedet_cli.data.dataset import Dataset
     from refinedet_cli.engine.evaluate import Collected
-    from refinedet_cli.engine.predict import Predictor
+    from refinedet_cli.engine.predict import AnyPredictor
     from refinedet_cli.engine.reasons import Reasons
     from refinedet_cli.engine.results import Origin, SavedDetections
     from refinedet_cli.metrics.coco import CocoResult
@@ -63,7 +63,7 @@ _VOC_OVERLAPS = {"at-least": "at least 0.5", "above": "above 0.5"}
 class Detector(NamedTuple):
     """How detections were made: by a detector, here and now."""
 
-    predictor: Predictor
+    predictor: AnyPredictor
     origin: Origin
     device: str
 

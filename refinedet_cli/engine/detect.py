@@ -24,7 +24,7 @@ from refinedet_cli.core.structures import Detections
 from refinedet_cli.data.files import write_whole
 from refinedet_cli.data.images import FoundImage, read_image
 from refinedet_cli.engine.draw import draw_detections
-from refinedet_cli.engine.predict import Predictor
+from refinedet_cli.engine.predict import AnyPredictor
 from refinedet_cli.engine.results import (
     RESULTS_NAME,
     ClassCount,
@@ -121,7 +121,7 @@ def ignore(progress: Progress) -> None:
 
 
 def detect(
-    predictor: Predictor,
+    predictor: AnyPredictor,
     images: Sequence[FoundImage],
     *,
     out: Path | None,
@@ -163,9 +163,7 @@ def detect(
                 f"{out / ANNOTATED_NAME} holds annotated copies, and no other pictures were given",
                 "name the original pictures, or choose another output folder",
             )
-    origin = origin_of(
-        predictor.loaded, precision=predictor.precision, score_threshold=score, multi_scale=predictor.schedule
-    )
+    origin = origin_of(predictor, score_threshold=score)
     annotated = out / ANNOTATED_NAME if out is not None and draw else None
     results_file = out / RESULTS_NAME if out is not None else None
     run = _Run(predictor, score, numbered, annotated, on_progress)
@@ -260,7 +258,7 @@ class _Run:
 
     def __init__(
         self,
-        predictor: Predictor,
+        predictor: AnyPredictor,
         score: float,
         images: Sequence[tuple[int, FoundImage]],
         annotated: Path | None,

@@ -20,7 +20,7 @@ from refinedet_cli.core.refinedet import build
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.data.dataset import ClassMatch, Dataset, Record, canonical_name, listed, match_classes, remap
 from refinedet_cli.data.loading import read_record
-from refinedet_cli.engine.predict import Predictor
+from refinedet_cli.engine.predict import AnyPredictor
 from refinedet_cli.engine.results import PictureResult, SavedDetections, detection_rows
 from refinedet_cli.errors import DataError, UsageError
 from refinedet_cli.metrics.coco import CocoResult, PictureDetections, PictureTruth, evaluate_coco
@@ -120,7 +120,7 @@ def with_postprocess(loaded: LoadedDetector, postprocess: PostprocessConfig) -> 
 
 
 def evaluate(
-    predictor: Predictor,
+    predictor: AnyPredictor,
     dataset: Dataset,
     *,
     batch: int,
@@ -153,7 +153,7 @@ def evaluate(
 
 
 def collect(
-    predictor: Predictor,
+    predictor: AnyPredictor,
     dataset: Dataset,
     *,
     batch: int,

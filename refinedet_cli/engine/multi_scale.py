@@ -24,7 +24,7 @@ from refinedet_cli.core.multi_scale import (
 )
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.engine.device import Precision
-from refinedet_cli.engine.predict import Predictor, picture_sizes
+from refinedet_cli.engine.predict import AnyPredictor, Predictor, picture_sizes
 from refinedet_cli.errors import ConfigError
 from refinedet_cli.zoo.checkpoint import LoadedDetector
 
@@ -164,7 +164,7 @@ def describe_passes(schedule: ScaleSchedule) -> str:
     return f"{count}: {', '.join(marked)} px"
 
 
-def remark_on_passes(predictor: Predictor) -> str | None:
+def remark_on_passes(predictor: AnyPredictor) -> str | None:
     """Say in one line what multi-scale testing does and costs; None where a picture is looked at once."""
     schedule, size = predictor.schedule, predictor.config.preprocess
     if schedule is None:
@@ -177,7 +177,7 @@ def remark_on_passes(predictor: Predictor) -> str | None:
     )
 
 
-def remark_on_limits(predictor: Predictor, sizes: Iterable[tuple[int, int]]) -> str | None:
+def remark_on_limits(predictor: AnyPredictor, sizes: Iterable[tuple[int, int]]) -> str | None:
     """Tell of pictures so large that limits in their pixels leave the enlarged passes little to add.
 
     Args:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +19,45 @@ from refinedet_cli.core.preprocess import preprocess
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.engine.device import Precision
 from refinedet_cli.zoo.checkpoint import LoadedDetector
+
+
+class AnyPredictor(Protocol):
+    """What the verbs need of a detector that is ready to use, whatever file it came from and whatever computes it."""
+
+    @property
+    def config(self) -> DetectorConfig:
+        """What it computes, except its weights."""
+
+    @property
+    def classes(self) -> Classes:
+        """What its labels stand for."""
+
+    @property
+    def path(self) -> Path:
+        """The file its weights came from."""
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What that file says of how the weights were made."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    def precision(self) -> str:
+        """The number format of the network, such as "fp32"."""
+
+    @property
+    def engine(self) -> str:
+        """The library that computes, with its version."""
+
+    @property
+    def schedule(self) -> ScaleSchedule | None:
+        """The passes of multi-scale testing; None where a picture is looked at once."""
+
+    def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """Find the objects in pictures uint8[H, W, 3], RGB, of any sizes: one `Detections` each, in order."""
 
 
 class Predictor:
@@ -33,11 +74,12 @@ class Predictor:
     """
 
     schedule: ScaleSchedule | None = None
+    engine = f"torch {torch.__version__}"
 
     def __init__(self, loaded: LoadedDetector, *, device: torch.device, precision: Precision) -> None:
         self.loaded = loaded
         self.device = device
-        self.precision = precision
+        self.precision: Precision = precision
         self._network = loaded.detector.network.to(device=device)
         self._network.to(memory_format=torch.channels_last)
         self._network.eval()
@@ -51,6 +93,16 @@ class Predictor:
     def classes(self) -> Classes:
         """The classes that labels stand for."""
         return self.loaded.config.classes
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint."""
+        return self.loaded.path
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the checkpoint says of how it was made."""
+        return self.loaded.provenance
 
     def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         """Find the objects in a batch of pictures, which may differ in size.

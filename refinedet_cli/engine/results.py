@@ -21,8 +21,9 @@ from refinedet_cli.core.structures import Detections
 from refinedet_cli.data.files import write_json
 from refinedet_cli.data.images import open_regular
 from refinedet_cli.data.json_entries import category_names, get, is_number, list_of, shown, whole
+from refinedet_cli.engine.predict import AnyPredictor
 from refinedet_cli.errors import DataError
-from refinedet_cli.zoo.checkpoint import LoadedDetector, file_sha256
+from refinedet_cli.zoo.checkpoint import file_sha256
 
 RESULTS_NAME = "detections.json"
 
@@ -40,7 +41,8 @@ class Origin:
         weights: name of the weights file, without its folder.
         sha256: of that file.
         preset: what the detector was built from.
-        precision: "fp32" or "bf16".
+        engine: the library that computed it, with its version.
+        precision: of the network, such as "fp32".
         decoder: what turned files into pixels.
         score_threshold: detections below it were left out.
         multi_scale: the passes over each picture and their voting; None where it was looked at once.
@@ -49,6 +51,7 @@ class Origin:
     weights: str
     sha256: str
     preset: str
+    engine: str
     precision: str
     decoder: str
     score_threshold: float
@@ -106,18 +109,17 @@ class ClassCount:
     best_score: float
 
 
-def origin_of(
-    loaded: LoadedDetector, *, precision: str, score_threshold: float, multi_scale: ScaleSchedule | None = None
-) -> Origin:
+def origin_of(predictor: AnyPredictor, *, score_threshold: float) -> Origin:
     """Describe a detector as it is used, hashing its weights file."""
     return Origin(
-        weights=loaded.path.name,
-        sha256=file_sha256(loaded.path),
-        preset=loaded.config.preset,
-        precision=precision,
+        weights=predictor.path.name,
+        sha256=file_sha256(predictor.path),
+        preset=predictor.config.preset,
+        engine=predictor.engine,
+        precision=predictor.precision,
         decoder=f"Pillow {PIL.__version__}, full size",
         score_threshold=score_threshold,
-        multi_scale=multi_scale,
+        multi_scale=predictor.schedule,
     )
 
 
@@ -199,6 +201,7 @@ def results_document(
             "weights": origin.weights,
             "sha256": origin.sha256,
             "preset": origin.preset,
+            "engine": origin.engine,
             "precision": origin.precision,
             "decoder": origin.decoder,
             "score_threshold": origin.score_threshold,

@@ -14,9 +14,8 @@ from PIL import Image
 
 from refinedet_cli.core.config import Classes, DetectorConfig
 from refinedet_cli.core.presets import tiny
-from refinedet_cli.engine import draw
+from refinedet_cli.engine import draw, open_predictor
 from refinedet_cli.errors import CheckpointError
-from refinedet_cli.zoo import hub
 
 # The seeded detector below scores its best boxes above this, in every picture.
 SCORE = 0.6
@@ -286,7 +285,7 @@ def test_the_default_weights_are_the_bundled_ones(run, photos, monkeypatch):
         asked.append(name)
         raise CheckpointError("stop here")
 
-    monkeypatch.setattr(hub, "resolve_weights", note)
+    monkeypatch.setattr(open_predictor, "resolve_weights", note)
     assert run("detect", photos).code == 5
     assert asked == [None]
 

@@ -180,7 +180,7 @@ def test_order_of_records_does_not_matter(predictor: Predictor, noise: Dataset, 
 def test_the_written_detections_lead_pycocotools_to_the_same_numbers(
     predictor: Predictor, noise: Dataset, reference: Evaluation, tmp_path: Path
 ) -> None:
-    origin = origin_of(predictor.loaded, precision="fp32", score_threshold=0.01)
+    origin = origin_of(predictor, score_threshold=0.01)
     write_results(tmp_path / "detections.json", reference.pictures, predictor.classes, origin)
     annotations = [
         {
@@ -413,7 +413,7 @@ def test_reading_stops_when_detection_fails(tmp_path: Path, monkeypatch: pytest.
 @pytest.fixture(scope="module")
 def written(predictor: Predictor, reference: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("saved") / "detections.json"
-    origin = origin_of(predictor.loaded, precision="fp32", score_threshold=0.01)
+    origin = origin_of(predictor, score_threshold=0.01)
     write_results(path, reference.pictures, predictor.classes, origin)
     return path
 

@@ -17,6 +17,7 @@ from refinedet_cli.core.config import Classes
 from refinedet_cli.core.detector import Detector
 from refinedet_cli.core.presets import tiny
 from refinedet_cli.core.structures import Detections
+from refinedet_cli.engine.predict import Predictor
 from refinedet_cli.engine.results import (
     ClassCount,
     Failure,
@@ -33,7 +34,15 @@ from refinedet_cli.errors import DataError
 from refinedet_cli.zoo.checkpoint import LoadedDetector
 
 CLASSES = Classes(names=("person", "cat", "dog"), category_ids=(1, 17, 18))
-ORIGIN = Origin(weights="w.safetensors", sha256="00", preset="tiny", precision="fp32", decoder="x", score_threshold=0.3)
+ORIGIN = Origin(
+    weights="w.safetensors",
+    sha256="00",
+    preset="tiny",
+    engine="torch",
+    precision="fp32",
+    decoder="x",
+    score_threshold=0.3,
+)
 
 
 def found(*rows: tuple[tuple[float, float, float, float], float, int]) -> Detections:
@@ -61,6 +70,7 @@ def test_the_whole_document():
             "weights": "w.safetensors",
             "sha256": "00",
             "preset": "tiny",
+            "engine": "torch",
             "precision": "fp32",
             "decoder": "x",
             "score_threshold": 0.3,
@@ -152,8 +162,10 @@ def test_origin_names_the_file_without_its_folder(tmp_path):
     path = tmp_path / "signs.safetensors"
     path.write_bytes(b"weights")
     detector = Detector(tiny(CLASSES).detector, torch.nn.Identity(), criterion=None, decoder=None)
-    origin = origin_of(LoadedDetector(detector, {}, path), precision="bf16", score_threshold=0.25)
+    loaded = LoadedDetector(detector, {}, path)
+    origin = origin_of(Predictor(loaded, device=torch.device("cpu"), precision="bf16"), score_threshold=0.25)
     assert (origin.weights, origin.preset, origin.precision) == ("signs.safetensors", "tiny", "bf16")
+    assert origin.engine == f"torch {torch.__version__}"
     assert origin.score_threshold == 0.25
     assert origin.sha256 == hashlib.sha256(b"weights").hexdigest()
     assert "Pillow" in origin.decoder
