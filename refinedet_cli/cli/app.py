@@ -87,38 +87,55 @@ def _root(
     """Train, run and measure RefineDet object detectors."""
 
 
-app.command(
+def _group(name: str, summary: str) -> typer.Typer:
+    group = typer.Typer(name=name, help=summary, no_args_is_help=True, rich_markup_mode="rich")
+    app.add_typer(group)
+    return group
+
+
+def _register(group: typer.Typer, name: str, command: Callable[..., None], *lines: str) -> None:
+    """Add a command, its docstring as help and command lines as examples."""
+    group.command(name, help=prose(command), epilog=examples(*lines))(command)
+
+
+_register(
+    app,
     "anchors",
-    help=prose(anchors),
-    epilog=examples(
-        "refinedet anchors --dataset signs",
-        "refinedet anchors --dataset signs --weights runs/signs/best.safetensors --visualize --out anchors",
-    ),
-)(anchors)
-app.command(
+    anchors,
+    "refinedet anchors --dataset signs",
+    "refinedet anchors --dataset signs --weights runs/signs/best.safetensors --visualize --out anchors",
+)
+_register(
+    app,
     "detect",
-    help=prose(detect),
-    epilog=examples(
-        "refinedet detect photos --out found",
-        "refinedet detect street.jpg park.jpg --out found --weights runs/signs/best.safetensors --score 0.5 --json",
-    ),
-)(detect)
-app.command(
+    detect,
+    "refinedet detect photos --out found",
+    "refinedet detect street.jpg park.jpg --out found --weights runs/signs/best.safetensors --score 0.5 --json",
+)
+_register(
+    app,
     "eval",
-    help=prose(evaluate),
-    epilog=examples(
-        "refinedet eval --dataset signs/test.json --weights runs/signs/best.safetensors",
-        "refinedet eval --dataset VOCdevkit --split test --postprocess caffe --out scores --json",
-    ),
-)(evaluate)
-app.command(
+    evaluate,
+    "refinedet eval --dataset signs/test.json --weights runs/signs/best.safetensors",
+    "refinedet eval --dataset VOCdevkit --split test --postprocess caffe --out scores --json",
+)
+_register(
+    app,
     "train",
-    help=prose(train),
-    epilog=examples(
-        "refinedet train --data signs --out runs/signs",
-        "refinedet train --data signs/train.json --val signs/val.json --out runs/signs --set train.epochs=30",
-    ),
-)(train)
+    train,
+    "refinedet train --data signs --out runs/signs",
+    "refinedet train --data signs/train.json --val signs/val.json --out runs/signs --set train.epochs=30",
+)
+
+
+def all_commands() -> dict[str, Callable[..., None]]:
+    """Every command by the words that call it, such as ``detect`` or ``data check``."""
+    found = {command.name or "": command.callback for command in app.registered_commands}
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            commands = group.typer_instance.registered_commands
+            found |= {f"{group.typer_instance.info.name} {command.name}": command.callback for command in commands}
+    return {name: callback for name, callback in found.items() if callback is not None}
 
 
 @dataclass(frozen=True)
@@ -170,8 +187,9 @@ def run() -> None:
 
 
 def _command_name(args: Sequence[str]) -> str | None:
-    first = next((arg for arg in args if not arg.startswith("-")), None)
-    return first if first in {command.name for command in app.registered_commands} else None
+    words = [arg for arg in args if not arg.startswith("-")]
+    known = all_commands()
+    return next((name for name in (" ".join(words[:1]), " ".join(words[:2])) if name in known), None)
 
 
 def _invoke(args: list[str]) -> int:

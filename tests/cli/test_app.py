@@ -263,7 +263,7 @@ def test_two_defaults_would_be_noticed():
     assert [name for name, *_ in _contradictions(typer.main.get_command(app).commands)] == ["--score"]
 
 
-@pytest.mark.parametrize("function", [c.callback for c in app_module.app.registered_commands])
+@pytest.mark.parametrize("function", app_module.all_commands().values())
 def test_commands_are_functions_of_their_own_files(function):
     assert inspect.getmodule(function).__name__.startswith("refinedet_cli.cli.")
 
