@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -49,6 +50,22 @@ class NetworkError(AssertionError):
 def root() -> Path:
     """The top folder of the repository."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Callable[[str], ModuleType]:
+    """Run a script of this repository as a module, by its path in it; each call gives a fresh one."""
+
+    def load(path: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"{Path(path).stem}_script", ROOT / path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses look for it
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")
@@ -104,6 +121,65 @@ def save_random() -> Callable[[Path, DetectorConfig], Path]:
 
 
 @pytest.fixture(scope="session")
+def save_spread() -> Callable[[Path, DetectorConfig], Path]:
+    """Save a seeded random detector that is sure of what it says, as a trained one is: rounding decides little.
+
+    What it says depends on the picture as much as with a trained network, the class logits of a level have a standard
+    deviation of `SPREAD`, the ARM drops some anchors, and most places are background, so that the limits on candidates
+    and detections are hardly reached.
+    """
+
+    def save(path: Path, config: DetectorConfig) -> Path:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = build(config).network
+            raw = _spread_heads(network, _pictures_to_spread_on(config), config)
+        assert float(raw.odm_logits.std(dim=1).mean()) >= 2
+        assert float(raw.odm_logits.std(dim=0).mean()) >= 1  # told apart by picture, not by place alone
+        save_checkpoint(path, config, network.state_dict(), {})
+        return path
+
+    return save
+
+
+SPREAD = 3.0
+
+
+def _pictures_to_spread_on(config: DetectorConfig) -> torch.Tensor:
+    """Draw input: eight pictures of large patches, eight of noise."""
+    size = config.preprocess
+    patches = torch.nn.functional.interpolate(torch.rand(8, 3, 6, 6), size=(size.height, size.width))
+    pixels = torch.cat([patches, torch.rand(8, 3, size.height, size.width)]) * 255
+    return (pixels - torch.tensor(size.mean)[:, None, None]) / torch.tensor(size.std)[:, None, None]
+
+
+@torch.no_grad()
+def _spread_heads(network: Any, inputs: torch.Tensor, config: DetectorConfig) -> Any:
+    """Fit statistics of normalisation to the input, draw the heads anew, and scale what they give; returns the last."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    network.train()(inputs)
+    network.eval()
+    given: dict[torch.nn.Module, torch.Tensor] = {}
+    heads = [head for head in (network.arm, network.odm) if head is not None]
+    levels = [(head, level) for head in heads for level in head.levels]
+    for _, level in levels:
+        torch.nn.init.normal_(level.weight)
+        torch.nn.init.zeros_(level.bias)
+        level.register_forward_hook(lambda level, _, output: given.__setitem__(level, output))
+    network(inputs)
+    for head, level in levels:
+        level._forward_hooks.clear()
+        logits, offsets = given[level].unflatten(1, (-1, head.classes + 4)).split([head.classes, 4], dim=2)
+        weights, biases = (t.unflatten(0, (-1, head.classes + 4)) for t in (level.weight, level.bias))
+        weights[:, : head.classes] *= SPREAD / logits.std()
+        weights[:, head.classes :] *= 0.7 / offsets.std()
+        biases[:, 0] = 3.0 if head.classes == 2 else 9.0
+    return network(inputs)
+
+
+@pytest.fixture(scope="session")
 def assert_same() -> Callable[[Detections, Detections], None]:
     """Compare detections within 1e-4; of two nearly tied ones either may come first, and nothing found fails."""
 
@@ -119,16 +195,9 @@ def assert_same() -> Callable[[Detections, Detections], None]:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_script: Callable[[str], ModuleType]) -> Iterator[Any]:
     """A Hugging Face Hub on this machine, which the client of this process uses: see hub_server.py for what it can."""
-    # Tests are imported without packages; a module that several share has to be loaded by its path.
-    if "hub_server" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("hub_server", ROOT / "tests" / "hub_server.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules["hub_server"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["hub_server"])
-    with sys.modules["hub_server"].running_hub(tmp_path, monkeypatch) as server:
+    with load_script("tests/hub_server.py").running_hub(tmp_path, monkeypatch) as server:
         yield server
 
 

@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on this machine: what its client asks for when it downloads, over real HTTP.
+"""A small Hugging Face Hub on this machine: what its client asks for when it downloads and uploads, over real HTTP.
 
 Small files are answered directly, large ones by a redirect to a second server, as the Hub does. Tests get it as the
 fixture ``hub``; they cannot import it.
@@ -6,7 +6,9 @@ fixture ``hub``; they cannot import it.
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +40,7 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     revisions: dict[str, str] = field(default_factory=dict)
     refusal: str | None = None
+    private: bool = False
 
 
 class Hub:
@@ -50,6 +53,9 @@ class Hub:
         status: if it is set, the answer to everything.
         headers: sent with every answer of ``status``.
         cut: if it is set, large files end after so many bytes, every time they are sent.
+        spoilt: whether the first byte of large files is another one, as sent by the storage.
+        tokens: who may write, and to which organisation.
+        stored: large files that were uploaded, by their SHA-256.
     """
 
     def __init__(self, cache: Path) -> None:
@@ -59,6 +65,9 @@ class Hub:
         self.status: int | None = None
         self.headers: dict[str, str] = {}
         self.cut: int | None = None
+        self.spoilt = False
+        self.tokens: dict[str, str] = {}
+        self.stored: dict[str, bytes] = {}
         self._servers = [_Server(self) for _ in range(2)]
         self.url, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
         self._threads = [threading.Thread(target=s.serve_forever, args=(0.01,)) for s in self._servers]
@@ -108,6 +117,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve()
 
+    def do_PUT(self) -> None:
+        self._serve()
+
+    def do_POST(self) -> None:
+        self._serve()
+
     def log_message(self, *args: Any) -> None:
         pass
 
@@ -115,14 +130,70 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.hub.requests.append(
             Request(self.command, self.path, {k.lower(): v for k, v in self.headers.items()})
         )
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.server.hub.status is not None:
             self._answer(self.server.hub.status, dict(self.server.hub.headers))
         elif self.path.startswith("/storage/"):
             self._send_stored(self.path.rpartition("/")[2])
         elif "/resolve/" in self.path:
             self._resolve(*self.path.lstrip("/").split("/resolve/"))
+        elif "/tree/" in self.path:
+            self._list(*self.path.removeprefix("/api/models/").partition("?")[0].split("/tree/"))
+        elif self.path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif self.path.startswith("/upload/"):
+            self.server.hub.stored[hashlib.sha256(body).hexdigest()] = body
+            self._answer(200, {})
+        elif self.command == "POST":
+            self._write(json.loads(body.splitlines()[0]), body)
         else:
             self._answer(404, {})
+
+    def _json(self, document: Any, status: int = 200) -> None:
+        self._answer(status, {"Content-Type": "application/json"}, json.dumps(document).encode())
+
+    def _list(self, repo: str, revision: str) -> None:
+        place = self.server.hub.repos[repo]
+        files = place.commits[place.revisions.get(unquote(revision), revision)]
+        self._json([{"type": "file", "path": n, "size": len(c), "oid": _git_hash(c)} for n, c in files.items()])
+
+    def _write(self, asked: Any, body: bytes) -> None:
+        """Take a repository or a commit from who may write there."""
+        hub = self.server.hub
+        place = self.path.removeprefix("/api/models/").removeprefix("/").partition(".git/")[0]
+        repo = "/".join(place.split("/")[:2])
+        if self.path == "/api/repos/create":
+            repo = f"{asked['organization']}/{asked['name']}"
+        owner = hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        if owner != repo.partition("/")[0]:
+            self._json({"error": "no"}, 401 if owner is None else 403)
+        elif self.path == "/api/repos/create":
+            there = repo in hub.repos
+            hub.repos.setdefault(repo, Repo(private=asked.get("visibility") == "private"))
+            self._json({"url": f"{hub.url}/{repo}"}, 409 if there else 200)
+        elif "/preupload/" in self.path:
+            modes = {f["path"]: "lfs" if f["path"].endswith(".safetensors") else "regular" for f in asked["files"]}
+            self._json({"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]})
+        elif self.path.endswith(".git/info/lfs/objects/batch"):
+            actions = {o["oid"]: {"upload": {"href": f"{hub.storage}/upload/{o['oid']}"}} for o in asked["objects"]}
+            self._json(
+                {"transfer": "basic", "objects": [{**o, "actions": actions[o["oid"]]} for o in asked["objects"]]}
+            )
+        else:
+            self._commit(repo, [json.loads(line) for line in body.splitlines()])
+
+    def _commit(self, repo: str, lines: list[Any]) -> None:
+        hub = self.server.hub
+        place = hub.repos[repo]
+        files = dict(place.commits.get(place.revisions.get("main", ""), {}))
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = hub.stored[value["oid"]]
+        commit = hub.put(repo, files)
+        self._json({"commitUrl": f"{hub.url}/{repo}/commit/{commit}", "commitOid": commit, "hookOutput": ""})
 
     def _resolve(self, repo: str, rest: str) -> None:
         place = self.server.hub.repos.get(repo)
@@ -140,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             self._answer(404, {**known, "X-Error-Code": "EntryNotFound"})
         elif len(content) < LARGE:
-            self._answer(200, {**known, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}, content)
+            self._answer(200, {**known, "ETag": f'"{_git_hash(content)}"'}, content)
         else:
             sha = hashlib.sha256(content).hexdigest()
             linked = {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{sha}"'}
@@ -149,6 +220,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_stored(self, sha: str) -> None:
         every = (c for r in self.server.hub.repos.values() for files in r.commits.values() for c in files.values())
         content = next(c for c in every if hashlib.sha256(c).hexdigest() == sha)
+        if self.server.hub.spoilt:
+            content = bytes([content[0] ^ 1]) + content[1:]
         asked = self.headers.get("Range")
         if asked is None:
             self._answer(200, {}, content)
@@ -166,6 +239,10 @@ class _Handler(BaseHTTPRequestHandler):
             short = self.path.startswith("/storage/") and self.server.hub.cut is not None
             self.wfile.write(content[: self.server.hub.cut] if short else content)
             self.close_connection = self.close_connection or short
+
+
+def _git_hash(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @contextmanager

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from refinedet_cli import errors
-from refinedet_cli.cli.app import INTERRUPTED
+from refinedet_cli import api, errors
+from refinedet_cli.cli.app import INTERRUPTED, all_commands
 from refinedet_cli.core.presets import PRESETS
 from refinedet_cli.zoo.hub import read_manifest
 
@@ -20,10 +22,10 @@ def readme(root) -> str:
 
 
 def test_every_command_and_option_exists(run, readme):
-    calls = re.findall(r"refinedet (anchors|detect|eval|train)\b([^\n`#]*)", readme)
-    assert {command for command, _ in calls} == {"anchors", "detect", "eval", "train"}
+    names = "|".join(sorted(all_commands(), key=len, reverse=True))
+    calls = re.findall(rf"refinedet ({names})\b([^\n`#]*)", readme)
     for command, rest in calls:
-        known = run(command, "--help").stdout
+        known = run(*command.split(), "--help").stdout
         for option in re.findall(r"--[a-z-]+", rest):
             assert re.search(rf"{option}\b", known), f"{command} has no {option}"
 
@@ -39,13 +41,33 @@ def test_every_exit_code_is_listed(readme):
 
 
 def test_the_python_lines_run(readme, tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0]
     pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "street.jpg")
+    for name in ("street.jpg", "park.jpg"):
+        Image.fromarray(pixels).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
-    assert set(vars(names["found"])) == {"boxes", "scores", "labels"}
+    assert names["found"].path.name == "park.jpg"
+
+
+def test_the_python_lines_that_train_and_publish_are_calls_that_exist(readme, monkeypatch):
+    code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    calls: list[str] = []
+
+    def stand_in(function):
+        def call(*args, **settings):
+            inspect.signature(function).bind(*args, **settings)
+            calls.append(function.__name__)
+
+        return call
+
+    publish = stand_in(api.Detector.push_to_hub)
+    detector = SimpleNamespace(push_to_hub=lambda *args, **settings: publish(None, *args, **settings))
+    monkeypatch.setattr(api, "train", stand_in(api.train))
+    monkeypatch.setattr(api, "Detector", SimpleNamespace(load=lambda name: detector))
+    exec(compile(code, "README.md", "exec"), {})
+    assert calls == ["train", "push_to_hub"]
 
 
 def test_links_lead_to_files(root, readme):

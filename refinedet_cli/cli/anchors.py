@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from refinedet_cli.cli.downloads import on_disk
 from refinedet_cli.cli.options import (
     DATA,
     MODEL,
@@ -22,6 +23,7 @@ from refinedet_cli.cli.options import (
     DeviceOpt,
     ImagesOpt,
     JsonOpt,
+    OfflineOpt,
     OptionalOutOpt,
     PresetOpt,
     QuietOpt,
@@ -29,6 +31,7 @@ from refinedet_cli.cli.options import (
     SeedOpt,
     SetOpt,
     WorkersOpt,
+    refuse_file,
 )
 from refinedet_cli.cli.output import SCHEMA_VERSION, Output
 from refinedet_cli.errors import GateError, UsageError
@@ -70,12 +73,13 @@ def anchors(
         str | None,
         typer.Option(
             "--weights",
-            metavar="NAME|FILE",
+            metavar="NAME|FILE|ORG/REPO",
             help="Measure too what this detector makes of its anchors; it decides anchors and input size.",
             show_default="anchors alone, without a network",
             rich_help_panel=MODEL,
         ),
     ] = None,
+    offline: OfflineOpt = False,
     preset: PresetOpt = None,
     config: ConfigOpt = None,
     settings: SetOpt = None,
@@ -122,7 +126,7 @@ def anchors(
         dataset=dataset,
         images=images,
         root=root,
-        weights=weights,
+        weights=on_disk(output, weights, offline=offline),
         preset=preset,
         config=config,
         settings=settings or (),
@@ -165,8 +169,7 @@ def _check(
 ) -> None:
     if visualize and out is None:
         raise UsageError("--visualize needs a folder to draw into", "name it with --out")
-    if out is not None and out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file", "name a folder")
+    refuse_file(out)
     named = {"--preset": preset, "--config": config, "--set": settings}
     given = [option for option, value in named.items() if value]
     if weights is not None and given:

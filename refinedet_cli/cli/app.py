@@ -20,10 +20,21 @@ import typer
 
 from refinedet_cli import __version__
 from refinedet_cli.cli.anchors import anchors
+from refinedet_cli.cli.bench import bench
+from refinedet_cli.cli.data_check import data_check
+from refinedet_cli.cli.data_convert import data_convert
+from refinedet_cli.cli.data_split import data_split
+from refinedet_cli.cli.data_stats import data_stats
 from refinedet_cli.cli.detect import detect
 from refinedet_cli.cli.eval import evaluate
+from refinedet_cli.cli.export import export
 from refinedet_cli.cli.output import current_invocation, invocation, write_document, write_error
 from refinedet_cli.cli.train import train
+from refinedet_cli.cli.weights_info import weights_info
+from refinedet_cli.cli.weights_list import weights_list
+from refinedet_cli.cli.weights_pull import weights_pull
+from refinedet_cli.cli.weights_push import weights_push
+from refinedet_cli.engine.memory import is_out_of_memory
 from refinedet_cli.errors import RefineDetError
 
 PROGRAM = "refinedet"
@@ -107,6 +118,42 @@ _register(
 )
 _register(
     app,
+    "bench",
+    bench,
+    "refinedet bench runs/signs/best.safetensors runs/signs/best.safetensors:bf16 --dataset signs/test.json",
+    "refinedet bench best.safetensors best.onnx best.xml --source photos --threads 4 --out speed --json",
+)
+data_app = _group("data", "Check, convert, split and describe data sets.")
+_register(
+    data_app,
+    "check",
+    data_check,
+    "refinedet data check signs",
+    "refinedet data check signs/train.json --val signs/val.json --strict --out findings",
+)
+_register(
+    data_app,
+    "convert",
+    data_convert,
+    "refinedet data convert signs --to yolo --out signs-yolo",
+    "refinedet data convert VOCdevkit/VOC2007:trainval --to coco --out voc07 --picture-files stay --json",
+)
+_register(
+    data_app,
+    "split",
+    data_split,
+    "refinedet data split signs --parts train=0.8,val=0.1,test=0.1 --out signs-split",
+    "refinedet data split frames.json --parts train=0.7,val=0.3 --group '^(.*)_[0-9]+[.]jpg$' --out frames --seed 1",
+)
+_register(
+    data_app,
+    "stats",
+    data_stats,
+    "refinedet data stats signs",
+    "refinedet data stats VOCdevkit/VOC2007:trainval --preset refinedet512_vgg16 --out figures --json",
+)
+_register(
+    app,
     "detect",
     detect,
     "refinedet detect photos --out found",
@@ -121,10 +168,46 @@ _register(
 )
 _register(
     app,
+    "export",
+    export,
+    "refinedet export --weights runs/signs/best.safetensors --out shipped",
+    "refinedet export --weights runs/signs --precision int8 --calibrate signs/train --dataset signs --out shipped",
+)
+_register(
+    app,
     "train",
     train,
     "refinedet train --data signs --out runs/signs",
     "refinedet train --data signs/train.json --val signs/val.json --out runs/signs --set train.epochs=30",
+)
+weights_app = _group("weights", "List, fetch, publish and describe weights.")
+_register(
+    weights_app,
+    "info",
+    weights_info,
+    "refinedet weights info refinedet320_mobilenetv2",
+    "refinedet weights info runs/signs --json",
+)
+_register(
+    weights_app,
+    "list",
+    weights_list,
+    "refinedet weights list",
+    "refinedet weights list --json",
+)
+_register(
+    weights_app,
+    "pull",
+    weights_pull,
+    "refinedet weights pull acme/signs",
+    "refinedet weights pull acme/signs@v2:night.safetensors --out night.safetensors",
+)
+_register(
+    weights_app,
+    "push",
+    weights_push,
+    "refinedet weights push runs/signs acme/signs --licence apache-2.0 --dry-run",
+    "refinedet weights push --all-bundled acme --private",
 )
 
 
@@ -220,7 +303,7 @@ def _expected(error: Exception) -> Failure | None:
         path = getattr(getattr(error, "ctx", None), "command_path", PROGRAM)
         message = re.sub(r"\s*\n\s*", " ", error.format_message()).replace(": Value error, ", ": ")
         return Failure(error.exit_code, message, f"see {path} --help")
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         first_line = str(error).strip().partition("\n")[0] or "out of memory"
         return Failure(_DEVICE, first_line, "lower --batch, or choose another --device")
     if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
@@ -232,17 +315,6 @@ def _expected(error: Exception) -> Failure | None:
 def _bug(error: Exception) -> Failure:
     traceback.print_exception(error, file=sys.stderr)
     return Failure(1, f"{type(error).__name__}: {error}", "this is a bug: please report it with the lines above")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # Only a process that has loaded torch can have run out of a device's memory, so there is no need to load it here.
-    kind = getattr(sys.modules.get("torch"), "OutOfMemoryError", None)
-    if isinstance(error, MemoryError) or (kind is not None and isinstance(error, kind)):
-        return True
-    # The CPU and MPS allocators raise a plain RuntimeError.
-    return isinstance(error, RuntimeError) and (
-        "backend out of memory" in str(error) or "DefaultCPUAllocator: can't allocate memory" in str(error)
-    )
 
 
 def _report(failure: Failure) -> int:

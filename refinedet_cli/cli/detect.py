@@ -2,80 +2,242 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections import deque
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from refinedet_cli.cli.detect_video import detect_videos, videos_of
 from refinedet_cli.cli.options import (
+    DATA,
+    MODEL,
     OUTPUT,
     BatchOpt,
+    DeviceName,
     DeviceOpt,
     JsonOpt,
     MultiScaleOpt,
     OptionalOutOpt,
+    PrecisionName,
     PrecisionOpt,
     QuietOpt,
     ScoreOpt,
     SourcesArg,
+    TileOpt,
+    TileOverlapOpt,
     WeightsOpt,
+    refuse_file,
 )
 from refinedet_cli.cli.output import Output
+from refinedet_cli.core.words import counted, joined
 from refinedet_cli.errors import DataError, PartialError, UsageError
 
 if TYPE_CHECKING:
     from refinedet_cli.core.config import Classes
-    from refinedet_cli.engine.detect import DetectedPicture, DetectResult, Progress
+    from refinedet_cli.data.listing import ImageList
+    from refinedet_cli.engine.detect import DetectOptions, DetectResult, Progress
+    from refinedet_cli.engine.detect_shards import Shard
+    from refinedet_cli.engine.detect_store import Summary
     from refinedet_cli.engine.predict import AnyPredictor
+    from refinedet_cli.engine.results import PictureRecord
+
+
+class MoreOutput(StrEnum):
+    """What --also takes; Typer knows no list of literals."""
+
+    RESULTS = "results"
+    YOLO = "yolo"
+    CSV = "csv"
+
 
 # With more pictures than this, only classes are listed; and of one picture, not more than its best detections.
 _FEW_PICTURES = 20
 _ROWS_OF_A_PICTURE = 12
+_ROWS_OF_FAILURES = 100
+_CHUNK = 2**16
+# What `detect` writes below --out is not to be looked at again.
+_PICTURE_FOLDERS = ("annotated", "crops")
 
 
 def detect(
     sources: SourcesArg,
     out: OptionalOutOpt = None,
     no_draw: Annotated[
-        bool, typer.Option("--no-draw", help="Write detections.json only.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--no-draw", help="Write no annotated pictures.", rich_help_panel=OUTPUT)
+    ] = False,
+    crops: Annotated[
+        bool, typer.Option("--crops", help="Write each object as a picture too.", rich_help_panel=OUTPUT)
+    ] = False,
+    also: Annotated[
+        list[MoreOutput] | None,
+        typer.Option(
+            "--also",
+            help="What to write beside detections.json: a COCO results list, YOLO labels or a table. Repeatable.",
+            show_default="nothing",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that --out holds.", rich_help_panel=OUTPUT)
     ] = False,
     json: JsonOpt = False,
     quiet: QuietOpt = False,
     weights: WeightsOpt = None,
     score: ScoreOpt = 0.3,
+    only_classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class",
+            metavar="NAME|ID",
+            help="Keep this class alone, by its name or category id. Repeatable.",
+            show_default="all",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     multi_scale: MultiScaleOpt = None,
+    tile: TileOpt = None,
+    tile_overlap: TileOverlapOpt = None,
+    null: Annotated[
+        bool,
+        typer.Option(
+            "--null", "-0", help="The list on standard input is as find -print0 writes it.", rich_help_panel=DATA
+        ),
+    ] = False,
     device: DeviceOpt = "auto",
     precision: PrecisionOpt = None,
     batch: BatchOpt = None,
 ) -> None:
-    """Find objects in pictures.
+    """Find objects in pictures and videos.
 
-    With --out, that folder gets detections.json (a COCO data set with scores) and, in annotated, copies of the pictures
-    with boxes drawn on them. Without it, the detections are only shown. A picture that cannot be read is listed and the
-    rest goes on; the exit code is then 8.
+    With --out, that folder gets detections.json (a COCO data set with scores), detections.jsonl (a line a picture,
+    written as the run goes) and, in annotated, copies of the pictures with boxes drawn on them. Without it, the
+    detections are only shown. A picture that cannot be read is listed and the rest goes on; the exit code is then 8.
+
+    A run that was stopped, in whatever way, goes on with --resume, and ends as if it had not been. Several processes
+    share the work when torchrun starts them: torchrun --nproc-per-node 4 --no-python refinedet detect ...
+
+    Videos, and cameras such as camera:0, need pip install "refinedet[video]" and a run of their own. --out then gets
+    frames.jsonl (a line a frame, with its time), detections.json and an annotated video without sound. What of a
+    damaged video can be decoded is worked on; the exit code is then 8. Ctrl-C ends a camera.
     """
-    from refinedet_cli.data.images import find_images
+    from refinedet_cli.data.listing import list_images
 
     output = Output(json=json, quiet=quiet)
-    if out is not None and out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file", "name a folder")
-    images = find_images(_named(sources))
+    _check_options(sources, out, null=null, asked={"--resume": resume, "--crops": crops, "--also": bool(also)})
+    if videos := videos_of(sources):
+        _refuse_for_videos({"--resume": resume, "--crops": crops, "--also": bool(also), "--class": bool(only_classes)})
+        found_by = _open(weights, device, precision, multi_scale, (tile, tile_overlap), batch)
+        _announce(output, found_by, score=score, draw=out is not None and not no_draw)
+        detect_videos(output, found_by, videos, out, score=score, batch=batch, draw=not no_draw)
+        return
+    written = [out / name for name in _PICTURE_FOLDERS] if out is not None else []
+    with list_images(_named(sources, b"\0" if null else b"\n"), leave_out=written) as images:
+        if images.left_out:
+            output.note(f"left out {counted(images.left_out, 'picture')} that an earlier run has written into {out}")
 
-    from refinedet_cli.engine.detect import detect as run
-    from refinedet_cli.engine.device import describe_device, select_device
-    from refinedet_cli.engine.multi_scale import remark_on_limits
+        from refinedet_cli.engine.detect import DetectOptions
+        from refinedet_cli.engine.detect_shards import Shard, own_device
+        from refinedet_cli.engine.device import select_device
+        from refinedet_cli.engine.open_predictor import open_predictor
+        from refinedet_cli.engine.predict import default_batch
+        from refinedet_cli.engine.tiling import make_tiling
+
+        shard = Shard.from_environment(os.environ)
+        if shard is not None and out is None:
+            raise UsageError(f"this is {shard}, and without --out nobody could join what all find", "name a folder")
+        place = own_device(select_device(device), os.environ)
+        predictor = open_predictor(
+            weights,
+            device=place,
+            precision=precision,
+            multi_scale=multi_scale,
+            tiles=make_tiling(tile, tile_overlap),
+            batch=batch,
+        )
+        options = DetectOptions(
+            score=score,
+            batch=batch or default_batch(place),
+            draw=out is not None and not no_draw,
+            crops=crops,
+            formats=frozenset(chosen.value for chosen in also or ()),
+            only_classes=tuple(only_classes or ()),
+            resume=resume,
+            shard=shard,
+        )
+        _announce(output, predictor, score=score, draw=options.draw)
+        result = _run(output, predictor, images, out, options)
+    _tell(output, result, predictor, out, images.left_out, shard)
+
+
+def _open(
+    weights: str | None,
+    device: DeviceName,
+    precision: PrecisionName | None,
+    multi_scale: str | None,
+    tile: tuple[int | None, float | None],
+    batch: int | None,
+) -> AnyPredictor:
+    """Open the detector of a run on videos, which one process does alone."""
+    from refinedet_cli.engine.device import select_device
     from refinedet_cli.engine.open_predictor import open_predictor
-    from refinedet_cli.engine.predict import default_batch
+    from refinedet_cli.engine.tiling import make_tiling
 
-    chosen = select_device(device)
-    predictor = open_predictor(weights, device=chosen, precision=precision, multi_scale=multi_scale)
-    draw = out is not None and not no_draw
-    _announce(output, predictor, score=score, draw=draw)
+    place, tiles = select_device(device), make_tiling(*tile)
+    return open_predictor(weights, device=place, precision=precision, multi_scale=multi_scale, tiles=tiles, batch=batch)
+
+
+def _refuse_for_videos(asked: Mapping[str, bool]) -> None:
+    for option, given in asked.items():
+        if given:
+            raise UsageError(f"{option} is for pictures, and a video was named", f"leave {option} out")
+
+
+def _check_options(sources: Sequence[str], out: Path | None, *, null: bool, asked: Mapping[str, bool]) -> None:
+    if out is None and (without := [name for name, given in asked.items() if given]):
+        raise UsageError(f"{without[0]} needs --out", "name a folder")
+    refuse_file(out)
+    if null and "-" not in sources:
+        raise UsageError("--null is about the list on standard input", "give - among the sources, or leave it out")
+
+
+def _named(sources: Sequence[str], end: bytes) -> Iterator[str]:
+    """The sources, with ``-`` replaced by the entries of standard input, which ``end`` parts."""
+    for source in sources:
+        if source == "-":
+            yield from _entries(end)
+        else:
+            yield source
+
+
+def _entries(end: bytes) -> Iterator[str]:
+    # The bytes themselves, for a name need not be text; tests put plain text in the place of standard input.
+    stream: BinaryIO = getattr(sys.stdin, "buffer", None) or io.BytesIO(os.fsencode(sys.stdin.read()))
+    rest = b""
+    while chunk := stream.read(_CHUNK):
+        *entries, rest = (rest + chunk).split(end)
+        yield from _paths(entries, end)
+    yield from _paths([rest], end)
+
+
+def _paths(entries: Sequence[bytes], end: bytes) -> Iterator[str]:
+    # A list that Windows wrote has lines that end in both.
+    stripped = (entry.removesuffix(b"\r") if end == b"\n" else entry for entry in entries)
+    return (os.fsdecode(entry) for entry in stripped if entry.strip())
+
+
+def _run(
+    output: Output, predictor: AnyPredictor, images: ImageList, out: Path | None, options: DetectOptions
+) -> DetectResult:
+    from refinedet_cli.engine.detect import detect as run
 
     reports: deque[Progress] = deque(maxlen=1)
     with output.progress("Detecting") as bars:
@@ -88,43 +250,52 @@ def detect(
                 task,
                 completed=progress.done,
                 total=progress.total,
-                description=f"{_count(progress.objects, 'object')}{failed}",
+                description=f"{counted(progress.objects, 'object')}{failed}",
             )
 
         try:
-            result = run(
-                predictor,
-                images,
-                out=out,
-                score=score,
-                batch=batch or default_batch(chosen),
-                draw=draw,
-                on_progress=show,
-            )
+            return run(predictor, images, out=out, options=options, on_progress=show)
         except KeyboardInterrupt:
-            if out is not None and reports and (done := reports[0].done) > reports[0].failed:
-                output.note(f"{out} holds what was found so far, in {done:,} of {reports[0].total:,} pictures")
+            if out is not None and reports:
+                done, total = f"{reports[0].done:,}", f"{reports[0].total:,}"
+                output.note(f"{out} holds what was found so far, in {done} of {total} pictures; --resume goes on")
             raise
 
-    if result.skipped:
-        output.note(
-            f"left out {_count(result.skipped, 'annotated copy', 'annotated copies')} of an earlier run in {out}"
-        )
-    if remark := remark_on_limits(predictor, [(p.result.width, p.result.height) for p in result.pictures]):
+
+def _tell(
+    output: Output, result: DetectResult, predictor: AnyPredictor, out: Path | None, left_out: int, shard: Shard | None
+) -> None:
+    """Write the result and what is worth knowing of it."""
+    from refinedet_cli.engine.device import describe_device
+    from refinedet_cli.engine.multi_scale import remark_on_limits
+    from refinedet_cli.engine.tiling import remark_on_tiles
+
+    summary = result.summary
+    if result.removed:
+        output.note(f"removed {counted(result.removed, 'file')} that the earlier run had written into {out}")
+    if result.resumed:
+        output.note(f"{counted(result.resumed, 'picture')} had been done before")
+    if remark := remark_on_limits(predictor, ((side, side) for side in summary.sides.elements())):
         output.note(remark)
-    output.result(_document(result, predictor.classes, describe_device(chosen)), *_tables(result, predictor.classes))
-    if result.results_file is not None:
-        copies = sum(picture.annotated is not None for picture in result.pictures)
-        output.note(f"wrote {result.results_file}" + (f" and {_count(copies, 'annotated picture')}" if copies else ""))
-    _judge(result)
-
-
-def _named(sources: Sequence[str]) -> list[str]:
-    """The sources, with ``-`` replaced by the lines of standard input."""
-    named: list[str] = []
-    for source in sources:
-        named += [line for line in sys.stdin.read().splitlines() if line.strip()] if source == "-" else [source]
-    return named
+    if remark := remark_on_tiles(predictor):
+        output.note(remark)
+    # Up to a thousand pictures as plain dicts: not made where nobody reads it.
+    document = _document(result, predictor.classes, describe_device(predictor.device), left_out) if output.json else {}
+    if shard is not None and shard.rank:
+        rest = Text(f"{shard} is done; rank 0 joins what all have found")
+        output.result(document | {"rank": shard.rank, "ranks": shard.count}, rest)
+        return
+    output.result(document, *_tables(result, predictor.classes))
+    if out is None and summary.read > len(summary.pictures) and output.json:
+        output.note(f"the first {len(summary.pictures):,} pictures are listed; with --out, a file lists all")
+    if result.files:
+        pictures = [
+            counted(number, *words)
+            for number, words in ((summary.annotated, ("annotated picture",)), (summary.crops, ("crop",)))
+            if number
+        ]
+        output.note(f"wrote {joined([*map(str, result.files), *pictures])}")
+    _judge(summary)
 
 
 def _announce(output: Output, predictor: AnyPredictor, *, score: float, draw: bool) -> None:
@@ -140,74 +311,77 @@ def _announce(output: Output, predictor: AnyPredictor, *, score: float, draw: bo
         output.note(remark)
 
 
-def _judge(result: DetectResult) -> None:
+def _judge(summary: Summary) -> None:
     """Raise the error that tells scripts how much went wrong."""
-    failed = len({failure.path for failure in result.failures})
-    if failed and not result.pictures:
-        raise DataError(f"no picture could be read of {failed}", "the result lists the reasons")
-    if failed:
-        total = len({picture.path for picture in result.pictures} | {failure.path for failure in result.failures})
-        raise PartialError(f"{failed} of {total} pictures failed", "the result lists the reasons")
+    if summary.failed and not summary.read:
+        raise DataError(f"no picture could be read of {summary.failed:,}", "the result lists the reasons")
+    if summary.failed:
+        raise PartialError(f"{summary.failed:,} of {summary.count:,} pictures failed", "the result lists the reasons")
 
 
-def _document(result: DetectResult, classes: Classes, device: str) -> dict[str, Any]:
+def _document(result: DetectResult, classes: Classes, device: str, left_out: int) -> dict[str, Any]:
+    summary = result.summary
     return {
         "origin": result.origin,
         "device": device,
-        "pictures": [_picture(picture, classes) for picture in result.pictures],
+        "pictures": [_picture(picture, classes) for picture in summary.pictures],
+        "pictures_listed": len(summary.pictures),
+        "picture_count": summary.read,
         "classes": result.counts,
         "objects": result.objects,
-        "failures": [{"path": f.path, "file_name": f.file_name, "reason": f.reason} for f in result.failures],
-        "skipped": result.skipped,
-        "detections_file": result.results_file,
+        "failures": [{"path": p.path, "file_name": p.file_name, "reason": p.problem} for p in summary.problems],
+        "failure_count": summary.failed,
+        "skipped": left_out,
+        "resumed": result.resumed,
+        "detections_file": result.files[0] if result.files else None,
+        "files": result.files,
         "seconds": round(result.seconds, 3),
         "pictures_per_second": round(result.pictures_per_second, 2),
     }
 
 
-def _picture(picture: DetectedPicture, classes: Classes) -> dict[str, Any]:
-    from refinedet_cli.engine.results import detection_rows
-
+def _picture(picture: PictureRecord, classes: Classes) -> dict[str, Any]:
     names = dict(zip(classes.category_ids, classes.names, strict=True))
     return {
-        "id": picture.result.image_id,
+        "id": picture.image_id,
         "path": picture.path,
-        "file_name": picture.result.file_name,
-        "width": picture.result.width,
-        "height": picture.result.height,
+        "file_name": picture.file_name,
+        "width": picture.width,
+        "height": picture.height,
         "annotated": picture.annotated,
+        "crops": picture.crops,
         "detections": [
             {"class": names[category_id], "category_id": category_id, "score": score, "bbox": bbox}
-            for bbox, score, category_id in detection_rows(picture.result.detections, classes)
+            for bbox, score, category_id in picture.rows
         ],
     }
 
 
 def _tables(result: DetectResult, classes: Classes) -> list[RenderableType]:
+    summary = result.summary
     tables: list[RenderableType] = []
-    if 0 < len(result.pictures) <= _FEW_PICTURES:
-        tables.append(_picture_table(result.pictures, classes))
+    if 0 < summary.read <= _FEW_PICTURES:
+        tables.append(_picture_table(summary.pictures, classes))
     if result.counts:
         tables.append(_class_table(result))
-    if result.failures:
-        tables.append(_failure_table(result))
-    with_objects = sum(len(picture.result.detections) > 0 for picture in result.pictures)
+    if summary.failed:
+        tables.append(_failure_table(summary))
     found = (
-        f"{_count(result.objects, 'object')} in {with_objects} of {_count(len(result.pictures), 'picture')}"
+        f"{counted(result.objects, 'object')} in {summary.with_objects:,} of {counted(summary.read, 'picture')}"
         if result.objects
-        else f"nothing found in {_count(len(result.pictures), 'picture')}"
+        else f"nothing found in {counted(summary.read, 'picture')}"
     )
     threshold = f"at a score of {result.origin.score_threshold:g} or better"
     schedule = result.origin.multi_scale
-    passes = f", {_count(schedule.count, 'pass', 'passes')} a picture (multi-scale {schedule.name})" if schedule else ""
+    passes = (
+        f", {counted(schedule.count, 'pass', 'passes')} a picture (multi-scale {schedule.name})" if schedule else ""
+    )
     # With many passes a picture can take seconds, and one decimal would say 0.0.
     speed = f"{result.pictures_per_second:.{2 if schedule else 1}f} pictures/s"
     return [*tables, Text(f"{found} {threshold}, {speed}{passes}")]
 
 
-def _picture_table(pictures: Sequence[DetectedPicture], classes: Classes) -> Table:
-    from refinedet_cli.engine.results import detection_rows
-
+def _picture_table(pictures: Sequence[PictureRecord], classes: Classes) -> Table:
     names = dict(zip(classes.category_ids, classes.names, strict=True))
     table = Table(title="Pictures", title_justify="left")
     table.add_column("Picture", overflow="fold")
@@ -216,8 +390,8 @@ def _picture_table(pictures: Sequence[DetectedPicture], classes: Classes) -> Tab
         table.add_column(heading, justify="right", no_wrap=True)
     for picture in pictures:
         # On a terminal a name stands once above its rows; in a pipe each row has to make sense alone.
-        first, later = picture.result.file_name, "" if sys.stdout.isatty() else picture.result.file_name
-        rows = detection_rows(picture.result.detections, classes)
+        first, later = picture.file_name, "" if sys.stdout.isatty() else picture.file_name
+        rows = picture.rows
         for i, (bbox, score, category_id) in enumerate(rows[:_ROWS_OF_A_PICTURE]):
             sides = (f"{side:.0f}" for side in bbox)
             table.add_row(later if i else first, names[category_id], f"{score:.2f}", *sides)
@@ -239,14 +413,12 @@ def _class_table(result: DetectResult) -> Table:
     return table
 
 
-def _failure_table(result: DetectResult) -> Table:
+def _failure_table(summary: Summary) -> Table:
     table = Table(title="Failed", title_justify="left", title_style="red")
     table.add_column("File", overflow="fold")
     table.add_column("Reason", overflow="fold")
-    for failure in result.failures:
-        table.add_row(str(failure.path), failure.reason)
+    for picture in summary.problems[:_ROWS_OF_FAILURES]:
+        table.add_row(str(picture.path), picture.problem)
+    if summary.failed > _ROWS_OF_FAILURES:
+        table.add_row(f"and {summary.failed - _ROWS_OF_FAILURES:,} more", "", style="dim")
     return table
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import typer
 from rich.progress import TaskID
 
+from refinedet_cli.cli.downloads import on_disk
 from refinedet_cli.cli.eval_tables import (
     Comparison,
     Detector,
@@ -30,14 +31,18 @@ from refinedet_cli.cli.options import (
     ImagesOpt,
     JsonOpt,
     MultiScaleOpt,
+    OfflineOpt,
     OptionalOutOpt,
     PrecisionName,
     PrecisionOpt,
     QuietOpt,
     RootOpt,
     SplitOpt,
+    TileOpt,
+    TileOverlapOpt,
     WeightsOpt,
     WorkersOpt,
+    refuse_file,
 )
 from refinedet_cli.cli.output import SCHEMA_VERSION, Output
 from refinedet_cli.core.presets import POSTPROCESS_PRESETS
@@ -159,6 +164,7 @@ def evaluate(
     json: JsonOpt = False,
     quiet: QuietOpt = False,
     weights: WeightsOpt = None,
+    offline: OfflineOpt = False,
     postprocess: Annotated[
         Literal["paper", "caffe"] | None,
         typer.Option(
@@ -169,6 +175,8 @@ def evaluate(
         ),
     ] = None,
     multi_scale: MultiScaleOpt = None,
+    tile: TileOpt = None,
+    tile_overlap: TileOverlapOpt = None,
     device: DeviceOpt = "auto",
     precision: PrecisionOpt = None,
     batch: BatchOpt = None,
@@ -182,14 +190,15 @@ def evaluate(
     --from to the same numbers.
     """
     output = Output(json=json, quiet=quiet)
-    if out is not None and out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file", "name a folder")
+    refuse_file(out)
     if saved is not None:
         _refuse_without_detector(
             {
                 "--weights": weights,
                 "--postprocess": postprocess,
                 "--multi-scale": multi_scale,
+                "--tile": tile,
+                "--tile-overlap": tile_overlap,
                 "--device": None if device == "auto" else device,
                 "--precision": precision,
                 "--batch": batch,
@@ -215,7 +224,16 @@ def evaluate(
     if saved is not None:
         found = _Found(*_read(saved, data))
     else:
-        detector = _load(output, weights, postprocess, multi_scale, device, precision)
+        detector = _load(
+            output,
+            on_disk(output, weights, offline=offline),
+            postprocess,
+            multi_scale,
+            (tile, tile_overlap),
+            device,
+            precision,
+            batch,
+        )
         found = _Found(detector, _detect(output, data, detector, batch, workers))
     with output.progress("Computing numbers") as bars:
         bars.add_task("", total=None)
@@ -298,13 +316,16 @@ def _load(
     weights: str | None,
     postprocess: Literal["paper", "caffe"] | None,
     multi_scale: str | None,
+    tile: tuple[int | None, float | None],
     device: DeviceName,
     precision: PrecisionName | None,
+    batch: int | None,
 ) -> Detector:
     from refinedet_cli.engine.device import describe_device, select_device
     from refinedet_cli.engine.multi_scale import remark_on_passes
     from refinedet_cli.engine.open_predictor import open_predictor
     from refinedet_cli.engine.results import origin_of
+    from refinedet_cli.engine.tiling import make_tiling
 
     chosen = select_device(device)
     predictor = open_predictor(
@@ -313,6 +334,8 @@ def _load(
         precision=precision,
         multi_scale=multi_scale,
         postprocess=None if postprocess is None else POSTPROCESS_PRESETS[postprocess](),
+        tiles=make_tiling(*tile),
+        batch=batch,
     )
     if remark := remark_on_passes(predictor):
         output.note(remark)
@@ -324,7 +347,10 @@ def _detect(output: Output, data: Dataset, made: Detector, batch: int | None, wo
     from refinedet_cli.engine.evaluate import collect
     from refinedet_cli.engine.multi_scale import remark_on_limits
     from refinedet_cli.engine.predict import default_batch
+    from refinedet_cli.engine.tiling import remark_on_tiles
 
+    if remark := remark_on_tiles(made.predictor, [(r.height, r.width) for r in data.records]):
+        output.note(remark)
     with output.progress("Evaluating") as bars:
         task = bars.add_task("", total=len(data))
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from refinedet_cli.core.presets import POSTPROCESS_PRESETS
+from refinedet_cli.core.words import counted
 
 if TYPE_CHECKING:
     from refinedet_cli.core.config import PostprocessConfig
@@ -318,15 +319,15 @@ def _setting_table(measured: Measured) -> Table:
 def settings_of(measured: Measured) -> list[tuple[str, str]]:
     """Name what was measured and by which rules, as pairs of name and value."""
     part = f", split {measured.split}" if measured.split else ""
-    contents = f"{_count(measured.result.pictures, 'picture')}, {_count(measured.collected.objects, 'object')}"
+    contents = f"{counted(measured.result.pictures, 'picture')}, {counted(measured.collected.objects, 'object')}"
     crowds = _crowds(measured.dataset)
-    among = f", {_count(crowds, 'crowd')} among them" if crowds else ""
+    among = f", {counted(crowds, 'crowd')} among them" if crowds else ""
     settings = [("Data", f"{measured.source}{part}: {contents}{among}")]
     if isinstance(measured.made, Detector):
         settings += _detector_settings(measured.made)
     else:
         saved, info = measured.made, measured.made.info
-        settings.append(("From", f"{saved.path}: {_count(len(saved), 'detection')}, sha256 {saved.sha256[:12]}"))
+        settings.append(("From", f"{saved.path}: {counted(len(saved), 'detection')}, sha256 {saved.sha256[:12]}"))
         if isinstance(info.get("weights"), str):
             told = [f"{key} {info[key]}" for key in ("preset", "precision") if isinstance(info.get(key), str)]
             settings.append(("Weights", ", ".join([info["weights"], *told])))
@@ -498,7 +499,3 @@ def _preset_of(postprocess: PostprocessConfig) -> str | None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number:,} {name}{'' if number == 1 else 's'}"

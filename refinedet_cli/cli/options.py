@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import typer
 
 from refinedet_cli.core.presets import PRESETS
+from refinedet_cli.errors import UsageError
 
 MODEL = "Model"
 DATA = "Data"
@@ -30,6 +31,16 @@ def complete_preset(incomplete: str) -> list[str]:
     return [name for name in PRESETS if name.startswith(incomplete)]
 
 
+def refuse_file(out: Path | None) -> None:
+    """Refuse a file where --out takes a folder, before anything is done.
+
+    Raises:
+        UsageError: names it.
+    """
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file", "name a folder")
+
+
 # Model ---------------------------------------------------------------------------------------------------------------
 
 # = None
@@ -37,9 +48,29 @@ WeightsOpt = Annotated[
     str | None,
     typer.Option(
         "--weights",
-        metavar="NAME|FILE",
-        help="A .safetensors file or the name of published weights; train also takes none.",
+        metavar="NAME|FILE|ORG/REPO",
+        help="A checkpoint or the folder of a run; the name of a bundled model; or org/repo[@revision][:file] on the "
+        "Hugging Face Hub, downloaded once. train also takes none.",
         show_default="the bundled detector",
+        rich_help_panel=MODEL,
+    ),
+]
+# required
+WeightsArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME|FILE|ORG/REPO",
+        help="A checkpoint or the folder of a run; the name of a bundled model; or org/repo[@revision][:file] on the "
+        "Hugging Face Hub.",
+        show_default=False,
+    ),
+]
+# = False
+OfflineOpt = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        help="Never use the network; weights of the Hugging Face Hub must be in the cache, as with HF_HUB_OFFLINE=1.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -109,6 +140,32 @@ MultiScaleOpt = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+# = None
+TileOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--tile",
+        min=32,
+        metavar="SIZE",
+        help="Look at larger pictures in overlapping tiles of so many pixels, and at the whole too: for small objects "
+        "in large pictures. A side of one to two times the detector's input is usual.",
+        show_default="no tiles",
+        rich_help_panel=MODEL,
+    ),
+]
+# = None
+TileOverlapOpt = Annotated[
+    float | None,
+    typer.Option(
+        "--tile-overlap",
+        min=0.0,
+        max=0.5,
+        metavar="SHARE",
+        help="How much of a tile its neighbour sees too; small objects should fit into it.",
+        show_default="0.2",
+        rich_help_panel=MODEL,
+    ),
+]
 
 # Data ----------------------------------------------------------------------------------------------------------------
 
@@ -131,6 +188,16 @@ DataOpt = Annotated[
         "DATA:PART takes that part, as voc2007:trainval. Repeat to join several.",
         show_default="that of --config",
         rich_help_panel=DATA,
+    ),
+]
+# required
+DataArg = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="A COCO JSON, a folder with splits, a VOC folder, a YOLO data.yaml, or coco, voc2007, voc2012; "
+        "DATA:PART takes that part.",
+        show_default=False,
     ),
 ]
 # required

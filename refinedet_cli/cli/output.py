@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -63,14 +65,40 @@ def current_invocation() -> Invocation:
     return _invocation.get() or Invocation()
 
 
+# Characters that a terminal obeys instead of showing them; names of files and classes may hold any.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def _shown(match: re.Match[str]) -> str:
+    """Stand in for a character: its picture in Unicode, if it has one."""
+    number = ord(match[0])
+    return chr(0x2400 + number) if number < 0x20 else "\u2421" if number == 0x7F else "\ufffd"
+
+
+class _SafeConsole(Console):
+    """A console on which text out of data cannot move the cursor, or change colours and titles."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Lay out text as Rich does; here, so that a table's columns are as wide as what is shown."""
+        return super().render_str(_OBEYED.sub(_shown, text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield segments as Rich does, without characters that a terminal obeys."""
+        for segment in super().render(renderable, options):
+            if segment.control or not _OBEYED.search(segment.text):
+                yield segment
+            else:
+                yield Segment(_OBEYED.sub(_shown, segment.text), segment.style)
+
+
 def _console(*, stderr: bool) -> Console:
     # Without these a file called "cat[red].jpg" or a class called ":car:" would be printed as something else.
-    console = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    console = _SafeConsole(stderr=stderr, markup=False, emoji=False, highlight=False)
     return console if stderr or console.is_terminal else _piped_console()
 
 
 def _piped_console() -> Console:
-    return Console(markup=False, emoji=False, highlight=False, no_color=True, width=_PIPED_WIDTH)
+    return _SafeConsole(markup=False, emoji=False, highlight=False, no_color=True, width=_PIPED_WIDTH)
 
 
 class Bars(Progress):

@@ -13,6 +13,7 @@ import typer
 from rich.progress import TaskID
 from rich.table import Table
 
+from refinedet_cli.cli.downloads import downloads
 from refinedet_cli.cli.options import (
     MODEL,
     OUTPUT,
@@ -24,6 +25,7 @@ from refinedet_cli.cli.options import (
     DeviceOpt,
     ImagesOpt,
     JsonOpt,
+    OfflineOpt,
     PrecisionOpt,
     PresetOpt,
     QuietOpt,
@@ -59,6 +61,7 @@ def train(
     root: RootOpt = None,
     weights: WeightsOpt = None,
     backbone_weights: BackboneWeightsOpt = None,
+    offline: OfflineOpt = False,
     preset: PresetOpt = None,
     config: ConfigOpt = None,
     settings: SetOpt = None,
@@ -136,6 +139,7 @@ def train(
     """
     from refinedet_cli.engine import training_session
     from refinedet_cli.engine.anchor_file import read_anchor_file
+    from refinedet_cli.engine.data_check import check_training
 
     if out is None and not dry_run:
         raise UsageError("--out is missing", "name a folder for the run; only --dry-run needs none")
@@ -143,29 +147,35 @@ def train(
     # Epochs asked for by name take the place of steps that a run file asks for.
     overrides = {"epochs": epochs, "steps": epochs and 0, "batch": batch, "precision": precision, "seed": seed}
     fitted = None if anchors is None else read_anchor_file(anchors)
-    session = training_session.prepare(
-        data=data or [],
-        val=val,
-        images=images,
-        root=root,
-        out=out,
-        weights=weights,
-        backbone_weights=backbone_weights,
-        preset=preset,
-        config=config,
-        settings=[
-            *(fitted.settings if fitted else []),
-            *(settings or []),
-            *(f"train.{k}={v}" for k, v in overrides.items() if v is not None),
-        ],
-        device=device,
-        workers=workers,
-        cache=cache,
-        resume=resume,
-        overwrite=overwrite,
-    )
+    with downloads(output, offline=offline):
+        session = training_session.prepare(
+            data=data or [],
+            val=val,
+            images=images,
+            root=root,
+            out=out,
+            weights=weights,
+            backbone_weights=backbone_weights,
+            preset=preset,
+            config=config,
+            settings=[
+                *(fitted.settings if fitted else []),
+                *(settings or []),
+                *(f"train.{k}={v}" for k, v in overrides.items() if v is not None),
+            ],
+            device=device,
+            workers=workers,
+            cache=cache,
+            resume=resume,
+            overwrite=overwrite,
+        )
     for note in session.notes:
         output.note(note)
+    for severity, line in check_training(session.data, session.validation, session.preset.detector):
+        if severity == "note":
+            output.note(f"data: {line}")
+        else:
+            output.warn(line)
     mismatch = fitted and fitted.mismatch(session.preset.detector)
     if mismatch:
         output.warn(mismatch)

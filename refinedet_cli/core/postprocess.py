@@ -77,8 +77,23 @@ def suppress(candidates: Candidates, config: PostprocessConfig) -> BatchDetectio
     for start in turns:
         cut = slice(start, start + turns.step), slice(0, looked_at)
         kept[cut] = greedy_keep(boxes[cut], scores[cut], labels[cut], config.nms_iou)
-    scores = torch.where(kept.view_as(candidates.scores), candidates.scores, candidates.scores.new_zeros(()))
-    best = scores.reshape(batch, -1).topk(min(config.keep, groups * places))
+    return best_kept(candidates, kept.view_as(candidates.scores), config.keep)
+
+
+def best_kept(candidates: Candidates, kept: Tensor, keep: int) -> BatchDetections:
+    """Take the best of the candidates that suppression has left.
+
+    Args:
+        candidates: of B pictures.
+        kept: bool[B, G, K], those that are left.
+        keep: the most detections of one picture.
+
+    Returns:
+        `BatchDetections` with ``min(keep, G * K)`` places.
+    """
+    batch, groups, places = candidates.scores.shape
+    scores = torch.where(kept, candidates.scores, candidates.scores.new_zeros(()))
+    best = scores.reshape(batch, -1).topk(min(keep, groups * places))
     filled = best.values > 0
     boxes = candidates.boxes.reshape(batch, -1, 4).gather(1, best.indices[..., None].expand(-1, -1, 4))
     labels = candidates.labels.reshape(batch, -1).gather(1, best.indices)
@@ -110,15 +125,27 @@ def greedy_keep(boxes: Tensor, scores: Tensor, labels: Tensor, nms_iou: float) -
         bool[R, K], False in empty places.
     """
     alive = scores > 0
-    overlap = pair_iou(boxes[:, :, None], boxes[:, None]) > nms_iou
-    suppresses = (overlap & (labels[:, :, None] == labels[:, None])).triu(diagonal=1)  # better row, worse column
+    suppresses = suppression_matrix(boxes, labels, nms_iou)
     keep = alive
     while True:
-        beaten = (suppresses & keep[:, :, None]).any(dim=1)
-        following = alive & ~beaten
+        following = still_alive(alive, suppresses, keep)
         if torch.equal(following, keep):
             return keep
         keep = following
+
+
+def suppression_matrix(boxes: Tensor, labels: Tensor, nms_iou: float) -> Tensor:
+    """Tell for rows of candidates, best first, which better one (second dimension) would suppress which worse (third).
+
+    Arguments are those of `greedy_keep`; returns bool[R, K, K].
+    """
+    overlap = pair_iou(boxes[:, :, None], boxes[:, None]) > nms_iou
+    return (overlap & (labels[:, :, None] == labels[:, None])).triu(diagonal=1)
+
+
+def still_alive(alive: Tensor, suppresses: Tensor, keep: Tensor) -> Tensor:
+    """Apply the rule of `greedy_keep` once: who stays if exactly those in ``keep``, bool[R, K], stay and suppress."""
+    return alive & ~(suppresses & keep[:, :, None]).any(dim=1)
 
 
 def to_detections(batch: BatchDetections, sizes: Sequence[tuple[int, int]]) -> list[Detections]:

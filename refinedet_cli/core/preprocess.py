@@ -7,7 +7,7 @@ library's resize it gives the same numbers in every engine that can multiply mat
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,12 +49,33 @@ def preprocess(image: Tensor, config: PreprocessConfig, window: Window | None = 
     columns = weights(left, right, width, config.width)
     if mirror:
         columns = columns.flip(0)
-    mean = torch.tensor(config.mean)
-    # Only what the window covers is touched; the mean goes first, so that what is beyond the picture weighs nothing.
+    # Only what the window covers is touched.
     inside = image[slice(*_existing(top, bottom, height)), slice(*_existing(left, right, width))]
-    planes = (inside.float() - mean).permute(2, 0, 1)  # [3, h, w]
+    return _resized(inside, rows, columns, config)
+
+
+def preprocess_batch(images: Tensor, config: PreprocessConfig) -> Tensor:
+    """Turn pictures of one size into network input, in operations that a graph can hold for every size.
+
+    Args:
+        images: uint8[B, H, W, 3], RGB; H and W may be symbolic.
+        config: as for `preprocess`.
+
+    Returns:
+        float32[B, 3, height, width], normalised; each picture is as `preprocess` makes it.
+    """
+    height, width = images.shape[1], images.shape[2]
+    rows = resize_weights(0, height, height, config.height)
+    columns = resize_weights(0, width, width, config.width)
+    return _resized(images, rows, columns, config)
+
+
+def _resized(pixels: Tensor, rows: Tensor, columns: Tensor, config: PreprocessConfig) -> Tensor:
+    """Resize and normalise uint8[..., h, w, 3] to float32[..., 3, height, width]."""
+    # The mean goes first, so that what is beyond a picture weighs nothing.
+    planes = (pixels.float() - torch.tensor(config.mean)).movedim(-1, -3)
     planes = rows @ (planes @ columns.T) / torch.tensor(config.std)[:, None, None]
-    return planes.flip(0) if config.channel_order == "bgr" else planes
+    return planes.flip(-3) if config.channel_order == "bgr" else planes
 
 
 def resize_weights(start: int, stop: int, length: int, outputs: int) -> Tensor:
@@ -71,13 +92,17 @@ def resize_weights(start: int, stop: int, length: int, outputs: int) -> Tensor:
         pixels that do not exist are left out after normalisation.
     """
     size = stop - start
-    support = max(outputs, size)
+    # A plain max would tie a graph to one side of the comparison.
+    support: Any = torch.sym_max(outputs, size)
     j = torch.arange(outputs, dtype=torch.int64)[:, None]
     i = torch.arange(size, dtype=torch.int64)
     weights = (2 * support - ((2 * j + 1) * size - (2 * i + 1) * outputs).abs()).clamp(min=0).double()
     weights /= weights.sum(dim=1, keepdim=True)
-    first, last = _existing(start, stop, length)
-    return weights[:, first - start : last - start].float().contiguous()
+    if start or stop is not length:
+        first, last = _existing(start, stop, length)
+        weights = weights[:, first - start : last - start]
+    fine: Tensor = weights.float()
+    return fine.contiguous()
 
 
 def _existing(start: int, stop: int, length: int) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,8 +12,9 @@ from typing import Any
 
 from refinedet_cli.core.config import Classes
 from refinedet_cli.data.dataset import Dataset, listed
-from refinedet_cli.data.images import image_size, open_regular
+from refinedet_cli.data.images import image_size, is_file, open_regular
 from refinedet_cli.data.json_entries import category_names, get, is_number, kind_of, list_of, named, shown, whole
+from refinedet_cli.data.listing import links_out
 from refinedet_cli.data.records import Objects, Pictures, make_records, unused_classes
 from refinedet_cli.errors import DataError
 
@@ -36,12 +36,12 @@ def read_coco(path: Path, images: Path | None = None, *, search: Sequence[Path] 
     Raises:
         DataError: the file is not what it should be, naming the entry; or a picture would lie outside its folder.
     """
-    document = _load(path)
-    classes, labels = _categories(path, _entries(path, document, "categories"))
-    entries = _entries(path, document, "images")
+    document = load_document(path)
+    classes, labels = _categories(path, list_entries(path, document, "categories"))
+    entries = list_entries(path, document, "images")
     root = _root(path, images, entries, search)
     pictures = _pictures(path, entries, root)
-    objects = _objects(path, _entries(path, document, "annotations"), pictures.positions, labels)
+    objects = _objects(path, list_entries(path, document, "annotations"), pictures.positions, labels)
 
     def describe(places: Sequence[int]) -> str:
         return "annotation ids " + ", ".join(str(objects.ids[i]) for i in places)
@@ -59,7 +59,12 @@ class _Pictures(Pictures):
     notes: list[str] = field(default_factory=list)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_document(path: Path) -> dict[str, Any]:
+    """Read a file as a JSON object.
+
+    Raises:
+        DataError: it is missing, no JSON, or no object.
+    """
     with open_regular(path) as file:
         content = file.read()
     try:
@@ -81,7 +86,12 @@ def _load(path: Path) -> dict[str, Any]:
     )
 
 
-def _entries(path: Path, document: dict[str, Any], key: str) -> list[Any]:
+def list_entries(path: Path, document: dict[str, Any], key: str) -> list[Any]:
+    """Give the list of a document under a key.
+
+    Raises:
+        DataError: there is none, or it is no list; ``path`` is named.
+    """
     if key not in document:
         raise DataError(
             f"{path} has no {key!r}",
@@ -107,15 +117,22 @@ def _root(path: Path, images: Path | None, entries: list[Any], search: Sequence[
         return images
     own = path.parent
     if search and entries:
-        name = _file_name(entries[0], f"{path}: images[0]")
+        name = read_file_name(entries[0], f"{path}: images[0]")
         for folder in (own, *search):
-            if (folder / name).is_file():
+            if is_file(folder / name):
                 return folder
     return own
 
 
-def _file_name(entry: object, where: str) -> str:
-    """The path of a picture with forward slashes, not leading upwards."""
+def read_file_name(entry: object, where: str) -> str:
+    """Read the path of a picture, relative to the folder of pictures.
+
+    Returns:
+        it with forward slashes, not leading upwards.
+
+    Raises:
+        DataError: it is absent, malformed, or leads out of the folder; ``where`` is named.
+    """
     name = get(entry, "file_name", where)
     if not isinstance(name, str) or not name or "\0" in name:
         raise DataError(f"{where}: file_name is {shown(name)}", "it must be the path of a picture")
@@ -133,7 +150,7 @@ def _pictures(path: Path, entries: list[Any], root: Path) -> _Pictures:
     folders: dict[str, list[tuple[str, int]]] = {}
     for index, entry in enumerate(entries):
         where = f"{path}: images[{index}]"
-        identity, name = whole(entry, "id", where), _file_name(entry, where)
+        identity, name = whole(entry, "id", where), read_file_name(entry, where)
         if found.positions.setdefault(identity, index) != index:
             raise DataError(
                 f"{where}: image id {identity} is used by images[{found.positions[identity]}] already",
@@ -146,47 +163,38 @@ def _pictures(path: Path, entries: list[Any], root: Path) -> _Pictures:
         found.paths.append(root / name)
     if not entries:
         raise DataError(f"{path} lists no pictures", "is it the right file?")
-    _refuse_links_out(path, root, folders)
+    _refuse_links_out(path, root, folders, found.paths)
     # After the check of links: a size that is not in the file is read from the picture.
-    found.sizes = [_size(entry, f"{path}: images[{index}]", found.paths[index]) for index, entry in enumerate(entries)]
+    found.sizes = [
+        read_size(entry, f"{path}: images[{index}]") or image_size(found.paths[index])
+        for index, entry in enumerate(entries)
+    ]
     repeated = sum(count - 1 for count in Counter(found.paths).values())
     if repeated:
         found.notes.append(f"{repeated:,} pictures are listed more than once, with different ids")
     return found
 
 
-def _size(entry: dict[str, Any], where: str, picture: Path) -> tuple[int, int]:
-    if not entry.get("width") or not entry.get("height"):  # Absent, null or 0.
-        return image_size(picture)
+def read_size(entry: dict[str, Any], where: str) -> tuple[int, int] | None:
+    """Read the (width, height) of a picture, px-img; None where either is absent, null or 0.
+
+    Raises:
+        DataError: they are no whole numbers, or impossible; ``where`` is named.
+    """
+    if not entry.get("width") or not entry.get("height"):
+        return None
     width, height = whole(entry, "width", where), whole(entry, "height", where)
     if not (0 < width < 2**31 and 0 < height < 2**31):
         raise DataError(f"{where}{named(entry)}: the size is {width} x {height}", "give the picture's size in pixels")
     return width, height
 
 
-def _refuse_links_out(path: Path, root: Path, folders: dict[str, list[tuple[str, int]]]) -> None:
-    """Refuse links to somewhere outside ``root``; each folder is listed once, and no ordinary file is asked about."""
-    top = root.resolve()
-    for folder, leaves in folders.items():
-        real = (root / folder).resolve()
-        outside = [leaves[0]] if not real.is_relative_to(top) else _links_out(real, top, leaves)
-        if outside:
-            leaf, index = outside[0]
-            raise DataError(
-                f"{path}: images[{index}]: {root / folder / leaf} is a link out of the folder of pictures {root}",
-                "name the folder that really holds the pictures with --images, or copy them",
-            )
-
-
-def _links_out(folder: Path, top: Path, leaves: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    try:
-        with os.scandir(folder) as listing:
-            links = {entry.name for entry in listing if entry.is_symlink()}
-    except OSError:  # Absent or unreadable: reported when a picture of it is read.
-        return []
-    return [
-        (leaf, index) for leaf, index in leaves if leaf in links and not (folder / leaf).resolve().is_relative_to(top)
-    ]
+def _refuse_links_out(path: Path, root: Path, folders: dict[str, list[tuple[str, int]]], paths: list[Path]) -> None:
+    for _, index in links_out(root, folders):
+        raise DataError(
+            f"{path}: images[{index}]: {paths[index]} is a link out of the folder of pictures {root}",
+            "name the folder that really holds the pictures with --images, or copy them",
+        )
 
 
 def _objects(path: Path, entries: list[Any], positions: dict[int, int], labels: dict[int, int]) -> Objects:
@@ -213,16 +221,23 @@ def _objects(path: Path, entries: list[Any], positions: dict[int, int], labels: 
         found.ids.append(identity)
         found.pictures.append(positions[picture])
         found.labels.append(labels[category])
-        found.boxes.append(_box(entry, where))
+        found.boxes.append(read_box(entry, where))
         found.areas.append(_area(entry.get("area")))
-        crowd = _flag(entry, "iscrowd", where)
+        crowd = read_flag(entry, "iscrowd", where)
         found.crowd.append(crowd)
         # Many writers set "ignore" on every crowd, which says nothing more.
-        found.difficult.append(_flag(entry, "difficult", where) or (_flag(entry, "ignore", where) and not crowd))
+        found.difficult.append(
+            read_flag(entry, "difficult", where) or (read_flag(entry, "ignore", where) and not crowd)
+        )
     return found
 
 
-def _box(entry: dict[str, Any], where: str) -> list[float]:
+def read_box(entry: dict[str, Any], where: str) -> list[float]:
+    """Read a box: left, top, width, height, px-img, as given; NaN for null.
+
+    Raises:
+        DataError: it is absent, or not four numbers; ``where`` is named.
+    """
     box = get(entry, "bbox", where)
     # null stands for NaN in JSON that was written by the book; such a box is dropped and counted.
     if not isinstance(box, list) or len(box) != 4 or not all(v is None or is_number(v) for v in box):
@@ -239,7 +254,12 @@ def _area(value: object) -> float:
     return float("nan")
 
 
-def _flag(entry: dict[str, Any], key: str, where: str) -> bool:
+def read_flag(entry: dict[str, Any], key: str, where: str) -> bool:
+    """Read a mark; what is absent is not set.
+
+    Raises:
+        DataError: it is neither 0 nor 1; ``where`` is named.
+    """
     value = entry.get(key)
     if value is None or value is False or value is True:
         return bool(value)

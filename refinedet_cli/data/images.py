@@ -1,19 +1,17 @@
-"""The one way from a file to pixels, and the search for pictures in folders."""
+"""The one way from a file to pixels."""
 
 from __future__ import annotations
 
-import glob
 import os
-import re
 import stat
 import threading
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +23,7 @@ MAX_PIXELS = 200_000_000
 
 # Raster formats that are recognised by their first bytes. Others are left out on purpose: EPS would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "AVIF", "PPM", "QOI")
-_KNOWN = "JPEG, PNG, WebP, BMP, GIF, TIFF, JPEG 2000, AVIF, PPM, QOI and TGA are read"
+READABLE = "JPEG, PNG, WebP, BMP, GIF, TIFF, JPEG 2000, AVIF, PPM, QOI and TGA are read"
 # HEIF is listed although Pillow cannot read it, so that such pictures are reported and not passed over.
 _EXTENSIONS = frozenset(
     {
@@ -71,6 +69,18 @@ class FoundImage:
     name: str
 
 
+class Header(NamedTuple):
+    """What a picture file says before its pixels.
+
+    Attributes:
+        size: (width, height) as the picture is seen, px-img.
+        orientation: how the stored pixels are turned to be seen, as EXIF numbers it: 1..8; 1 leaves them as they are.
+    """
+
+    size: tuple[int, int]
+    orientation: int
+
+
 def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode a picture as people see it.
 
@@ -85,11 +95,26 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
             more than ``max_pixels`` pixels.
     """
     with open_regular(path) as file, _pillow():
-        image = _open(path, file, max_pixels)
-        with _damage(path):
-            image.load()
-        orientation = _orientation(image)
-        pixels = _to_rgb(path, image)
+        return image_pixels(_open(path, file, max_pixels), path)
+
+
+def image_pixels(image: Image.Image, path: Path) -> NDArray[np.uint8]:
+    """Decode an opened picture exactly as ``read_image`` decodes a file.
+
+    Args:
+        image: of any size; it may be loaded already.
+        path: of its file, or what else to call it where it cannot be read.
+
+    Returns:
+        as ``read_image``.
+
+    Raises:
+        DataError: it is damaged, or its grey values have no known range.
+    """
+    with _pillow(), _damage(path):
+        image.load()
+    orientation = _orientation(image)
+    pixels = _to_rgb(path, image)
     turn = _ORIENT.get(orientation)
     return np.ascontiguousarray(turn(pixels)) if turn else pixels
 
@@ -98,37 +123,22 @@ def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Read the (width, height) of a picture as it is seen, EXIF orientation applied, from its header alone.
 
     Raises:
+        DataError: as ``read_header``.
+    """
+    return read_header(path, max_pixels=max_pixels).size
+
+
+def read_header(path: Path, *, max_pixels: int = MAX_PIXELS) -> Header:
+    """Read what a picture says of its size and orientation; its pixels are not decoded.
+
+    Raises:
         DataError: as ``read_image``, save for damage behind the header.
     """
     with open_regular(path) as file, _pillow():
         image = _open(path, file, max_pixels)
         width, height = _stored_size(image)
-        return (height, width) if _orientation(image) >= 5 else (width, height)
-
-
-def find_images(sources: Sequence[str]) -> list[FoundImage]:
-    """Find the pictures that files, folders and patterns name.
-
-    Folders are searched to the bottom for names with the usual extensions, hidden files and folders aside. Patterns
-    know ``*``, ``?``, ``[...]`` and ``**``. A file that is named itself is taken whatever its extension.
-
-    Returns:
-        each picture once, in the order of the sources and sorted by name within each. Names are relative to the folder
-        that was searched; where two would be equal, parent folders are added.
-
-    Raises:
-        DataError: a source names no picture, or a folder cannot be read.
-    """
-    found: dict[Path, FoundImage] = {}
-    folders: dict[Path, Path] = {}
-    for source in sources:
-        for image in _find(source):
-            folder = image.path.parent
-            real = folders[folder] if folder in folders else folders.setdefault(folder, folder.resolve())
-            found.setdefault(real / image.path.name, image)
-    if not found:
-        raise DataError("no pictures were named", "give files, folders or patterns such as 'photos/*.jpg'")
-    return _with_unique_names(found)
+        orientation = _orientation(image)
+        return Header((height, width) if orientation >= 5 else (width, height), orientation)
 
 
 def is_picture_name(name: str) -> bool:
@@ -152,17 +162,37 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
                 raise DataError(f"{path} is not an ordinary file", "save it as a file first")
             file = stack.enter_context(path.open("rb"))
         except FileNotFoundError:
-            raise DataError(f"{path} does not exist", _missing_cure(path)) from None
+            raise DataError(f"{path} does not exist", missing_cure(path)) from None
         except PermissionError:
             raise DataError(f"{path} may not be read", "change its permissions") from None
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {error}", "check the path") from error
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise DataError(f"{path} cannot be read: {reason}", "check the path") from error
         if status.st_size == 0:
             raise DataError(f"{path} is empty", "copy or download it again")
         yield file
 
 
-def _missing_cure(path: Path) -> str:
+def is_file(path: Path) -> bool:
+    """Tell whether there is an ordinary file; a name that no file can have names none."""
+    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for names that are too long
+
+
+def is_empty(path: Path) -> bool:
+    """Tell whether there is an ordinary file without content; a pipe or device, which has no length, is none."""
+    return is_file(path) and path.stat().st_size == 0
+
+
+def real_path(path: Path) -> Path:
+    """Follow all links; what cannot be followed stays as it is, for it cannot be opened either."""
+    try:
+        return Path(os.path.realpath(path))  # Path.resolve raises where links go round.
+    except (OSError, ValueError):
+        return path
+
+
+def missing_cure(path: Path) -> str:
+    """Tell what may be wrong with the path of a file that does not exist."""
     if path.is_symlink():
         return "it is a link to something that is gone"
     return "check the name and its case" if path.parent.is_dir() else f"the folder {path.parent} does not exist either"
@@ -245,8 +275,8 @@ def _no_picture(path: Path, file: BufferedReader) -> DataError:
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         return DataError(f"{path} is a HEIF picture, which is not read", "convert it to JPEG")
     if path.suffix.lower() in _EXTENSIONS:
-        return DataError(f"{path} is not a picture, or is damaged at its start", f"copy it again; {_KNOWN}")
-    return DataError(f"{path} is not a picture", _KNOWN)
+        return DataError(f"{path} is not a picture, or is damaged at its start", f"copy it again; {READABLE}")
+    return DataError(f"{path} is not a picture", READABLE)
 
 
 def _stored_size(image: ImageFile.ImageFile) -> tuple[int, int]:
@@ -256,7 +286,7 @@ def _stored_size(image: ImageFile.ImageFile) -> tuple[int, int]:
     return image.size
 
 
-def _orientation(image: ImageFile.ImageFile) -> int:
+def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1..8; 1 where there is none or the EXIF block is damaged, as browsers take it."""
     try:
         if isinstance(image, PngImagePlugin.PngImageFile) and not _has_late_metadata(image):
@@ -313,85 +343,3 @@ def _to_8_bit(path: Path, grey: NDArray[np.generic]) -> NDArray[np.uint8]:
         f"{path} holds grey values from {low:g} to {high:g}, of which black and white are not known",
         "save it with 8 or 16 bits, or as floating point in [0, 1]",
     )
-
-
-def _find(source: str) -> list[FoundImage]:
-    """The pictures of one source; at least one."""
-    path = Path(source)
-    if re.match(r"[a-z][a-z0-9+.-]+://", source, re.IGNORECASE):
-        raise DataError(f"{source} is an address; pictures are not downloaded", "save it as a file first")
-    try:
-        if path.is_dir():
-            found = _search(path)
-            if not found:
-                raise DataError(f"the folder {source} holds no pictures", f"searched with all its folders; {_KNOWN}")
-            return found
-        if path.exists():
-            return [FoundImage(path, path.name)]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{source!r} cannot be read: {error}", "check the path") from error
-    if not glob.has_magic(source):
-        raise DataError(f"{source} does not exist", _missing_cure(path) if source else "give a file or folder")
-    found = _match(source)
-    if not found:
-        raise DataError(f"the pattern {source!r} matches no pictures", f"check it; {_KNOWN}")
-    return found
-
-
-def _search(folder: Path) -> list[FoundImage]:
-    def fail(error: OSError) -> None:
-        raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}", "change its permissions")
-
-    found, seen = [], set()
-    for here, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        real = Path(here).resolve()
-        if real in seen:  # A link that leads back up would never end.
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(here, name) for name in files if is_picture_name(name)]
-    named = [FoundImage(path, path.relative_to(folder).as_posix()) for path in found]
-    return sorted(named, key=lambda image: image.name.split("/"))
-
-
-def _match(pattern: str) -> list[FoundImage]:
-    parts = Path(pattern).parts
-    fixed = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
-    # glob.glob rather than Path.glob, for that knows no absolute patterns and no hidden files.
-    matches = (Path(match) for match in glob.glob(pattern, recursive=True))  # noqa: PTH207
-    found = [path for path in matches if is_picture_name(path.name) and not path.is_dir()]
-    named = []
-    for path in found:
-        name = path.relative_to(fixed)
-        named.append(FoundImage(path, path.name if ".." in name.parts else name.as_posix()))
-    return sorted(named, key=lambda image: (image.name.split("/"), image.path))
-
-
-def _with_unique_names(found: dict[Path, FoundImage]) -> list[FoundImage]:
-    """Lengthen equal names by parent folders, then number what is still equal (names that differ only in case)."""
-    images, tails = list(found.values()), [path.parts[1:] for path in found]
-    depth = [image.name.count("/") + 1 for image in images]
-    while True:
-        counts = Counter(image.name.casefold() for image in images)
-        longer = [i for i, image in enumerate(images) if counts[image.name.casefold()] > 1 and depth[i] < len(tails[i])]
-        if not longer:
-            break
-        for i in longer:
-            depth[i] += 1
-            images[i] = replace(images[i], name="/".join(tails[i][-depth[i] :]))
-    return _numbered(images)
-
-
-def _numbered(images: list[FoundImage]) -> list[FoundImage]:
-    taken: set[str] = set()
-    result = []
-    for image in images:
-        name, number = image.name, 1
-        while name.casefold() in taken:
-            number += 1
-            stem, dot, extension = image.name.rpartition(".")
-            name = f"{stem or extension}-{number}{dot if stem else ''}{extension if stem else ''}"
-        taken.add(name.casefold())
-        result.append(replace(image, name=name))
-    return result

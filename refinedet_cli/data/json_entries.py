@@ -20,7 +20,10 @@ def kind_of(value: object) -> str:
 
 def shown(value: object) -> str:
     """Write a value as JSON for a message, cut where it is long."""
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return f"a deeply nested {kind_of(value)}"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

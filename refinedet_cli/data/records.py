@@ -15,9 +15,9 @@ from refinedet_cli.core.config import Classes
 from refinedet_cli.data.dataset import Record, listed
 
 # Files commonly round coordinates to two decimals; what reaches out by no more than that is not worth a note.
-_ROUNDING = 0.02
+ROUNDING = 0.02
 # A narrower box has no width left as a float32 fraction of a large picture, and training takes its logarithm.
-_MIN_SIDE = 0.01
+MIN_SIDE = 0.01
 # Ids of at most so many digits fit into 64 bits, and into the whole numbers that JSON readers keep.
 _ID_DIGITS = 15
 
@@ -150,19 +150,25 @@ def picture_ids(stems: Sequence[str]) -> list[int]:
     return list(range(1, len(stems) + 1))
 
 
+def every(holds: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Tell of which rows everything holds: bool[N] of bool[N, K]."""
+    result: NDArray[np.bool_] = np.logical_and.reduce(holds, axis=1)
+    return result
+
+
 def _clip(objects: Objects, sizes: NDArray[np.float64], describe: Callable[[Sequence[int]], str]) -> _Clipped:
     """Turn xywh into xyxy inside pictures of ``sizes``, float64[N, 2] (width, height), and tell which remain boxes."""
     given = np.array(objects.boxes, dtype=np.float64).reshape(-1, 4)
     areas = np.array(objects.areas, dtype=np.float64)
-    finite = _all(np.isfinite(given))
+    finite = every(np.isfinite(given))
     # An overflow of left + width is clipped like any other; boxes that are not finite are dropped below.
     with np.errstate(over="ignore", invalid="ignore"):
         whole = np.concatenate([given[:, :2], given[:, :2] + given[:, 2:]], axis=1)
         corner = np.concatenate([sizes, sizes], axis=1)
         boxes = np.clip(np.where(finite[:, None], whole, 0.0), 0.0, corner)
-        positive = _all(given[:, 2:] >= _MIN_SIDE)
-        inside = _all(boxes[:, 2:] - boxes[:, :2] >= _MIN_SIDE)
-        moved = ~_all(np.abs(boxes - whole) <= _ROUNDING)
+        positive = every(given[:, 2:] >= MIN_SIDE)
+        inside = every(boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE)
+        moved = ~every(np.abs(boxes - whole) <= ROUNDING)
     keep = finite & positive & inside
     sides = boxes[:, 2:] - boxes[:, :2]
     own = sides[:, 0] * sides[:, 1]
@@ -176,11 +182,6 @@ def _clip(objects: Objects, sizes: NDArray[np.float64], describe: Callable[[Sequ
     )
     notes = [f"{int(which.sum()):,} {text} ({_examples(which, describe)})" for text, which in kinds if which.any()]
     return _Clipped(boxes, areas, keep, notes)
-
-
-def _all(holds: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    result: NDArray[np.bool_] = np.logical_and.reduce(holds, axis=1)
-    return result
 
 
 def _examples(which: NDArray[np.bool_], describe: Callable[[Sequence[int]], str]) -> str:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import os
 import re
-import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from refinedet_cli.core.config import Classes
 from refinedet_cli.data.dataset import SPLIT_NAMES, Dataset, listed
-from refinedet_cli.data.images import image_size, is_picture_name, open_regular
+from refinedet_cli.data.images import image_size, is_empty, is_file, is_picture_name, open_regular
 from refinedet_cli.data.records import Objects, Pictures, make_records, picture_ids, unused_classes
+from refinedet_cli.data.voc_xml import VocAnnotation, VocObject, read_annotation
 from refinedet_cli.errors import DataError
 
 # In the devkit's order, which is also the alphabet's.
@@ -47,8 +47,6 @@ VOC_CLASSES = (
 _YEAR = re.compile(r"VOC20[0-9]{2}")
 _ANNOTATIONS, _PICTURES = ("Annotations", "annotations"), ("JPEGImages", "images", "Images")
 _LABEL_FILES = ("labels.txt", "classes.txt", "labelmap.txt")
-_FLAGS = {"": False, "0": False, "1": True, "false": False, "true": True, "unspecified": False}
-_NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -118,9 +116,10 @@ def read_voc(folder: VocFolder, part: VocPart, images: Path | None = None) -> Da
     they are in its order. Else they are the names in the XML files of all parts, sorted; in a folder named VOC20xx that
     has no others than the official twenty, all of these.
 
-    Difficult objects are kept and marked. Parts of objects, poses and truncation are not read. Boxes whose left or top
-    is 0 are from files that count from 0; they begin at the picture's edge and are counted in the notes. Other boxes
-    that are impossible or reach out are dropped or clipped as by ``read_coco``.
+    Difficult objects are kept and marked. VOC itself knows neither groups nor areas of masks; ``iscrowd`` and ``area``
+    of an object are taken where ``write_voc`` or another tool has added them. Parts of objects, poses and truncation
+    are not read. Boxes whose left or top is 0 are from files that count from 0; they begin at the picture's edge and
+    are counted in the notes. Other boxes that are impossible or reach out are dropped or clipped as by ``read_coco``.
 
     Args:
         folder: what ``find_voc`` found.
@@ -135,11 +134,13 @@ def read_voc(folder: VocFolder, part: VocPart, images: Path | None = None) -> Da
     Raises:
         DataError: an XML file or a picture is missing, broken or contradictory, naming it.
     """
-    files = {path: _xml_files(path) for path in sorted({part.annotations for part in folder.parts})}
+    files = {path: find_xml(path) for path in sorted({part.annotations for part in folder.parts})}
     own = _annotations_of(part, files[part.annotations])
-    annotations = {path: _parse(path) for path in own.paths}
+    annotations = {path: read_annotation(path) for path in own.paths}
     classes, notes = _classes(folder, files, annotations)
-    reader = _Reader(folder.root, _PictureFolder.scan(part.pictures if images is None else _existing(images)), classes)
+    reader = VocColumns(
+        folder.root, PictureFolder.scan(part.pictures if images is None else _existing(images)), classes
+    )
     identities = _identities(files)
     for path, annotation in annotations.items():
         reader.add(identities[path], path, annotation)
@@ -157,18 +158,6 @@ _Files = dict[Path, dict[str, Path]]
 class _Annotations(NamedTuple):
     paths: tuple[Path, ...]
     notes: tuple[str, ...] = ()
-
-
-class _Object(NamedTuple):
-    name: str
-    corners: list[float]
-    difficult: bool
-
-
-class _Annotation(NamedTuple):
-    file_name: str
-    size: tuple[int, int] | None
-    objects: list[_Object]
 
 
 # Layout --------------------------------------------------------------------------------------------------------------
@@ -218,14 +207,18 @@ def _listings(folder: Path) -> list[Path]:
 
 def _is_part(listing: Path) -> bool:
     """Whether a file lists pictures; the devkit has others beside, of one class each: ``cat_train.txt``, and empty."""
-    first = next(iter(_lines(listing)), None)
+    first = next(iter(read_list(listing)), None)
     of_class = re.fullmatch(r".+_(train|val|trainval|test)", listing.stem) is not None
     return first is not None and not (of_class and re.fullmatch(r"\S+\s+(-1|0|1)", first[1]))
 
 
-def _lines(listing: Path) -> Iterator[tuple[int, str]]:
-    """Each line that is not blank, with its number."""
-    if listing.stat().st_size == 0:
+def read_list(listing: Path) -> Iterator[tuple[int, str]]:
+    """Read each line that is not blank, with its number; an empty file has none.
+
+    Raises:
+        DataError: the file is not UTF-8, or cannot be read.
+    """
+    if is_empty(listing):
         return
     with open_regular(listing) as file:
         for number, line in enumerate(file, start=1):
@@ -246,8 +239,8 @@ def _existing(images: Path) -> Path:
 # Which files ---------------------------------------------------------------------------------------------------------
 
 
-def _xml_files(folder: Path) -> dict[str, Path]:
-    """The XML files of a folder, sorted, by the names of their pictures."""
+def find_xml(folder: Path) -> dict[str, Path]:
+    """List the XML files of a folder, sorted, by the names of their pictures."""
     names = sorted(entry.name for entry in _scan(folder) if _is_xml(entry.name))
     return {Path(name).stem: folder / name for name in names}
 
@@ -258,7 +251,7 @@ def _annotations_of(part: VocPart, there: dict[str, Path]) -> _Annotations:
         return _Annotations(tuple(there.values()))
     found: dict[Path, None] = {}
     lines = 0
-    for number, name in _lines(part.listing):
+    for number, name in read_list(part.listing):
         if name not in there:
             raise _no_annotation(part, number, name)
         found[there[name]] = None
@@ -287,7 +280,7 @@ def _identities(files: _Files) -> dict[Path, int]:
     return dict(zip(paths, picture_ids(stems), strict=True))
 
 
-def _left_out(pictures: _PictureFolder, count: int) -> tuple[str, ...]:
+def _left_out(pictures: PictureFolder, count: int) -> tuple[str, ...]:
     more = len(pictures.names) - count
     return (f"{more:,} pictures of {pictures.path} have no XML file and are left out",) if more > 0 else ()
 
@@ -295,24 +288,40 @@ def _left_out(pictures: _PictureFolder, count: int) -> tuple[str, ...]:
 # Classes -------------------------------------------------------------------------------------------------------------
 
 
-def _classes(folder: VocFolder, files: _Files, annotations: dict[Path, _Annotation]) -> tuple[Classes, tuple[str, ...]]:
+def _classes(
+    folder: VocFolder, files: _Files, annotations: dict[Path, VocAnnotation]
+) -> tuple[Classes, tuple[str, ...]]:
     """The classes of all parts, and where they come from."""
-    for name in _LABEL_FILES:
-        file = folder.root / name
-        if file.is_file():
-            return _numbered(file, _label_names(file)), (f"classes are those of {name}",)
+    file = find_labels(folder.root)
+    if file is not None:
+        return number_classes(file, read_labels(file)), (f"classes are those of {file.name}",)
     names = {thing.name for annotation in annotations.values() for thing in annotation.objects}
     for path in _other_annotations(folder, files, annotations):
-        names.update(thing.name for thing in _parse(path).objects)
-    if _YEAR.fullmatch(folder.root.resolve().name) and names <= set(VOC_CLASSES):
-        return _numbered(folder.root, VOC_CLASSES), ()
+        names.update(thing.name for thing in read_annotation(path).objects)
+    if are_official(folder.root, names):
+        return number_classes(folder.root, VOC_CLASSES), ()
     if not names:
         raise DataError(f"{folder.root}: no XML file has an object", "list the classes in a labels.txt, one a line")
     ordered = tuple(sorted(names))
-    return _numbered(folder.root, ordered), (f"classes are the names in the XML files: {listed(ordered)}",)
+    return number_classes(folder.root, ordered), (f"classes are the names in the XML files: {listed(ordered)}",)
 
 
-def _numbered(source: Path, names: Sequence[str]) -> Classes:
+def find_labels(root: Path) -> Path | None:
+    """Find the file that lists the classes of a folder: labels.txt, classes.txt or labelmap.txt."""
+    return next((root / name for name in _LABEL_FILES if is_file(root / name)), None)
+
+
+def are_official(root: Path, names: Set[str]) -> bool:
+    """Tell whether the names in the XML files stand for the official twenty: in a VOC20xx folder with no others."""
+    return _YEAR.fullmatch(root.resolve().name) is not None and names <= set(VOC_CLASSES)
+
+
+def number_classes(source: Path, names: Sequence[str]) -> Classes:
+    """Number classes from 1 in the order given.
+
+    Raises:
+        DataError: there is none, or one is there twice; ``source`` is named.
+    """
     if not names:
         raise DataError(f"{source} has no class names", "write one name a line")
     repeated = sorted({name for name in names if names.count(name) > 1})
@@ -321,16 +330,20 @@ def _numbered(source: Path, names: Sequence[str]) -> Classes:
     return Classes(names=tuple(names), category_ids=tuple(range(1, len(names) + 1)))
 
 
-def _label_names(file: Path) -> tuple[str, ...]:
-    """The names of a labels file, or of CVAT's labelmap.txt, which has ``name:colour:parts:actions`` and background."""
-    lines = [line for _, line in _lines(file)]
+def read_labels(file: Path) -> tuple[str, ...]:
+    """Read the names of a labels file, or of CVAT's labelmap.txt: ``name:colour:parts:actions``, and background.
+
+    Raises:
+        DataError: the file is not UTF-8, or cannot be read.
+    """
+    lines = [line for _, line in read_list(file)]
     if file.name != "labelmap.txt":
         return tuple(lines)
     names = [line.split(":")[0].strip() for line in lines if not line.startswith("#")]
     return tuple(name for name in names if name != "background")
 
 
-def _other_annotations(folder: VocFolder, files: _Files, known: dict[Path, _Annotation]) -> list[Path]:
+def _other_annotations(folder: VocFolder, files: _Files, known: dict[Path, VocAnnotation]) -> list[Path]:
     """The XML files of the other parts; what these list and lack is not missed here."""
     others: dict[Path, None] = {}
     for part in folder.parts:
@@ -338,80 +351,29 @@ def _other_annotations(folder: VocFolder, files: _Files, known: dict[Path, _Anno
         if part.listing is None:
             others |= dict.fromkeys(there.values())
         else:
-            others |= dict.fromkeys(there[name] for _, name in _lines(part.listing) if name in there)
+            others |= dict.fromkeys(there[name] for _, name in read_list(part.listing) if name in there)
     return [path for path in others if path not in known]
-
-
-# XML -----------------------------------------------------------------------------------------------------------------
-
-
-def _parse(path: Path) -> _Annotation:
-    with open_regular(path) as file:
-        content = file.read()
-    # Entities, which can swell without limit, are declared in a document type alone; no VOC file has one. ElementTree
-    # fetches no external ones. Two-byte encodings are refused because the declaration would be spelt differently.
-    if b"<!DOCTYPE" in content:
-        raise DataError(f"{path} declares a document type, which VOC files do not", "remove the <!DOCTYPE ...> part")
-    if b"\0" in content:
-        raise DataError(f"{path} is not UTF-8 text", "save it as UTF-8")
-    try:
-        root = ET.fromstring(content)
-    except (ET.ParseError, ValueError, LookupError) as error:
-        raise DataError(f"{path} is not valid XML ({error})", "was it copied whole?") from None
-    if root.tag != "annotation":
-        raise DataError(f"{path} is no VOC annotation: it holds <{root.tag}>", "expected <annotation>")
-    objects = [_object(path, number, node) for number, node in enumerate(root.iterfind("object"), start=1)]
-    return _Annotation((root.findtext("filename") or "").strip(), _size(path, root), objects)
-
-
-def _size(path: Path, root: ET.Element) -> tuple[int, int] | None:
-    """The picture's width and height; None where either is absent or 0."""
-    texts = [(root.findtext(f"size/{key}") or "").strip() or "0" for key in ("width", "height")]
-    try:
-        width, height = (float(text) for text in texts)
-        valid = width.is_integer() and height.is_integer() and 0 <= width < 2**31 and 0 <= height < 2**31
-    except ValueError:
-        valid = False
-    if not valid:
-        raise DataError(f"{path}: the size is {' x '.join(texts)}", "give the picture's size in pixels")
-    return (int(width), int(height)) if width and height else None
-
-
-def _object(path: Path, number: int, node: ET.Element) -> _Object:
-    name = (node.findtext("name") or "").strip()
-    if not name:
-        raise DataError(f"{path}: object {number} has no name", "name its class")
-    # Direct children alone: the parts of a person (head, hand, foot) have boxes too.
-    box = node.find("bndbox")
-    if box is None:
-        raise DataError(f"{path}: object {number} ({name}) has no bndbox", "give it a box, or remove it")
-    texts = [(box.findtext(key) or "").strip() for key in ("xmin", "ymin", "xmax", "ymax")]
-    try:
-        corners = [float(text) for text in texts]
-    except ValueError:
-        raise DataError(
-            f"{path}: object {number} ({name}): bndbox is {', '.join(text or 'absent' for text in texts)}",
-            "it must have the numbers xmin, ymin, xmax, ymax",
-        ) from None
-    difficult = (node.findtext("difficult") or "").strip()
-    flag = _FLAGS.get(difficult.lower())
-    if flag is None:
-        raise DataError(f"{path}: object {number} ({name}): difficult is {difficult!r}", "it must be 0 or 1")
-    return _Object(name, corners, flag)
 
 
 # Columns -------------------------------------------------------------------------------------------------------------
 
 
-class _PictureFolder(NamedTuple):
-    """A folder of pictures: their names, and those of each stem."""
+class PictureFolder(NamedTuple):
+    """A folder of pictures.
+
+    Attributes:
+        path: the folder.
+        names: of the pictures in it.
+        by_stem: the names that differ in nothing but the extension, by what is before it.
+    """
 
     path: Path
     names: frozenset[str]
     by_stem: dict[str, list[str]]
 
     @classmethod
-    def scan(cls, path: Path) -> _PictureFolder:
+    def scan(cls, path: Path) -> PictureFolder:
+        """List a folder; one that does not exist has no pictures."""
         names = sorted(entry.name for entry in _scan(path) if is_picture_name(entry.name))
         by_stem: dict[str, list[str]] = {}
         for name in names:
@@ -419,7 +381,15 @@ class _PictureFolder(NamedTuple):
         return cls(path, frozenset(names), by_stem)
 
     def find(self, annotation: Path, file_name: str) -> Path:
-        """The picture with the XML file's own name, else the one that it names; labelling tools rename at times."""
+        """Find the picture with the XML file's own name, else the one that it names: labelling tools rename at times.
+
+        Args:
+            annotation: the XML file.
+            file_name: what stands in it; may be empty.
+
+        Raises:
+            DataError: there is none, or it may be one of several.
+        """
         leaf = re.split(r"[/\\]", file_name)[-1]
         alike = self.by_stem.get(annotation.stem, [])
         if len(alike) == 1:
@@ -438,11 +408,21 @@ class _PictureFolder(NamedTuple):
 
 
 @dataclass
-class _Reader:
-    """Gathers pictures and objects as columns."""
+class VocColumns:
+    """Gathers pictures and objects as columns.
+
+    Attributes:
+        root: the folder that names of pictures are relative to.
+        folder: of the pictures.
+        classes: objects of others are refused.
+        pictures, objects: what was gathered.
+        places: file and number of each object, for people.
+        from_zero: places of the objects whose boxes begin at 0.
+        unsized: pictures whose size is not in their files.
+    """
 
     root: Path
-    folder: _PictureFolder
+    folder: PictureFolder
     classes: Classes
     pictures: Pictures = field(default_factory=Pictures)
     objects: Objects = field(default_factory=Objects)
@@ -455,7 +435,7 @@ class _Reader:
         inside = self.folder.path.is_relative_to(self.root)
         self.prefix = self.folder.path.relative_to(self.root) if inside else Path()
 
-    def add(self, identity: int, path: Path, annotation: _Annotation) -> None:
+    def add(self, identity: int, path: Path, annotation: VocAnnotation) -> None:
         """Take the objects of one picture."""
         picture = self.folder.find(path, annotation.file_name)
         self.unsized += annotation.size is None
@@ -469,9 +449,15 @@ class _Reader:
                     f"{path}: object {number} is of the class {thing.name!r}, which the labels file does not list",
                     f"add it to that file, or rename the object; listed are {listed(self.classes.names)}",
                 )
-            self._add_object(f"{path.name} object {number}", thing)
+            self.add_object(f"{path.name} object {number}", thing)
 
-    def _add_object(self, place: str, thing: _Object) -> None:
+    def add_object(self, place: str, thing: VocObject) -> None:
+        """Take an object of the last picture; its class has to be known.
+
+        Args:
+            place: file and number, for people.
+            thing: the object.
+        """
         objects = self.objects
         x1, y1, x2, y2 = thing.corners
         left, top = (max(v - 1, 0.0) if 0 <= v < 1 else v - 1 for v in (x1, y1))
@@ -482,8 +468,8 @@ class _Reader:
         objects.pictures.append(len(self.pictures.ids) - 1)
         objects.labels.append(self.labels[thing.name])
         objects.boxes.append([left, top, x2 - left, y2 - top])
-        objects.areas.append(_NAN)
-        objects.crowd.append(False)
+        objects.areas.append(thing.area)
+        objects.crowd.append(thing.crowd)
         objects.difficult.append(thing.difficult)
 
     def describe(self, places: Sequence[int]) -> str:

@@ -17,12 +17,15 @@ import yaml  # type: ignore[import-untyped]
 
 from refinedet_cli.core.config import Classes
 from refinedet_cli.data.dataset import SPLIT_NAMES, Dataset, Split, listed
-from refinedet_cli.data.images import find_images, image_size, open_regular
+from refinedet_cli.data.images import image_size, is_empty, is_file, open_regular, real_path
+from refinedet_cli.data.listing import find_images
 from refinedet_cli.data.records import Objects, Pictures, make_records, picture_ids, unused_classes
 from refinedet_cli.errors import DataError
 
 _NONE = ("", "~", "null", "Null", "NULL")
 _NAN = float("nan")
+# Of numbers of classes and their count; no list of names is longer, and Python refuses to read thousands of digits.
+_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,13 @@ def read_yolo(described: YoloFile, part: str) -> Dataset:
     entries = described.part(part)
     if entries is None:
         raise DataError(f"{described.path} names no {part} part", f"add {part}: and its folder of pictures")
-    sources = [_resolve(described, entry) for entry in entries]
-    paths = [path for source in sources for path in _pictures_of(source, described.root)]
+    sources = [resolve_entry(described, entry) for entry in entries]
+    paths = [path for source in sources for path in list_pictures(source, described.root)]
     unique = list(dict.fromkeys(paths))
     notes = list(described.notes) + _same_as_training(described, part, entries)
     if len(unique) < len(paths):
         notes.append(f"{len(paths) - len(unique):,} pictures are listed more than once")
-    reader = _Reader(described)
+    reader = YoloColumns(described)
     reader.read(unique)
     records, checked = make_records(reader.pictures, reader.objects, reader.describe)
     if reader.objects.ids and not any(len(record) for record in records):
@@ -157,12 +160,12 @@ def _strings(value: object) -> tuple[str, ...]:
 
 def _shown(value: object) -> str:
     # Never what lies inside a list: by references to itself, a short file can make it endless.
-    return repr(value) if isinstance(value, str) else "a list"
+    return repr(value if len(value) <= 80 else f"{value[:77]}...") if isinstance(value, str) else "a list"
 
 
 def _classes(path: Path, document: dict[str, Any]) -> tuple[Classes, tuple[str, ...]]:
     count = document.get("nc")
-    if count is not None and not (isinstance(count, str) and count.isascii() and count.isdigit() and int(count) > 0):
+    if count is not None and not (isinstance(count, str) and _is_class_number(count) and int(count) > 0):
         raise DataError(f"{path}: nc is {_shown(count)}", "it must be the number of classes")
     given = document.get("names")
     if given is None:
@@ -176,6 +179,10 @@ def _classes(path: Path, document: dict[str, Any]) -> tuple[Classes, tuple[str, 
     return _numbered(names), ()
 
 
+def _is_class_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= _DIGITS
+
+
 def _numbered(names: dict[int, str]) -> Classes:
     ordered = sorted(names)
     return Classes(names=tuple(names[number] for number in ordered), category_ids=tuple(ordered))
@@ -187,8 +194,8 @@ def _names(path: Path, given: object) -> dict[int, str]:
     for key, name in _named(path, given):
         if not isinstance(name, str) or not name.strip():
             raise DataError(f"{path}: the name of class {key} is {_shown(name)}", "give the class a name")
-        if not (key.isascii() and key.isdigit()):
-            raise DataError(f"{path}: names has {key!r}", "number the classes from 0, as: 0: cat")
+        if not _is_class_number(key):
+            raise DataError(f"{path}: names has {key[:80]!r}", "number the classes from 0, as: 0: cat")
         if name.strip() in names.values():
             raise DataError(f"{path}: the name {name!r} is there twice", "name each class once")
         names[int(key)] = name.strip()
@@ -212,7 +219,7 @@ def _root(path: Path, document: dict[str, Any], root: Path | None) -> Path:
         raise DataError(f"{path}: path is {_shown(value)}", "it must be the folder of the data set")
     candidates = [path.parent / value] + ([root / value] if root is not None else [])
     for candidate in dict.fromkeys(candidates):
-        if candidate.is_dir():
+        if os.path.isdir(candidate):  # noqa: PTH112 - Path.is_dir raises for names that are too long
             return candidate
     raise DataError(
         f"{path}: the folder {value} (path) does not exist; looked at {listed([str(c) for c in candidates])}",
@@ -220,22 +227,35 @@ def _root(path: Path, document: dict[str, Any], root: Path | None) -> Path:
     )
 
 
-def _resolve(described: YoloFile, entry: str) -> Path:
-    """Where a folder or list lies: as written, else by the habits of exporters.
+def resolve_entry(described: YoloFile, entry: str) -> Path:
+    """Find a folder or list: as written, else by the habits of exporters.
 
     Roboflow writes ``../train/images``, or the folder's own name in front, for what lies beside the file.
+
+    Raises:
+        DataError: it does not exist, or is a folder that the data set lies in.
     """
     parts = Path(entry.replace("\\", "/")).parts
     candidates = [described.root / Path(*parts)]
     if len(parts) > 1 and parts[0] in ("..", described.root.resolve().name):
         candidates.append(described.root / Path(*parts[1:]))
     for candidate in candidates:
-        if candidate.exists():
-            return candidate
+        if os.path.exists(candidate):  # noqa: PTH110 - as above
+            return _refuse_above(described, entry, candidate)
     raise DataError(
         f"{described.path} names {entry}, which does not exist; looked at {listed([str(c) for c in candidates])}",
         "correct the entry, or path, or remove the line if there is no such part",
     )
+
+
+def _refuse_above(described: YoloFile, entry: str, source: Path) -> Path:
+    """Refuse a folder that the data set lies in: a whole disk may be searched for pictures then."""
+    top, real = real_path(described.root), real_path(source)
+    if top != real and top.is_relative_to(real):
+        raise DataError(
+            f"{described.path} names {entry}, which is a folder above the data set", "name the folder of the pictures"
+        )
+    return source
 
 
 def _same_as_training(described: YoloFile, part: str, entries: tuple[str, ...]) -> list[str]:
@@ -246,8 +266,16 @@ def _same_as_training(described: YoloFile, part: str, entries: tuple[str, ...]) 
 # Pictures ------------------------------------------------------------------------------------------------------------
 
 
-def _pictures_of(source: Path, root: Path) -> list[Path]:
-    """The pictures of a folder, with all its folders, or of a list of pictures."""
+def list_pictures(source: Path, root: Path) -> list[Path]:
+    """List the pictures of a folder, with all its folders, or of a list of pictures.
+
+    Args:
+        source: the folder, or the list.
+        root: what paths in a list may be relative to besides the list's own folder.
+
+    Raises:
+        DataError: it is neither, or cannot be read, or a picture of the list does not exist.
+    """
     if source.is_dir():
         return [image.path for image in find_images([str(source)])]
     if source.suffix.lower() == ".txt":
@@ -256,11 +284,11 @@ def _pictures_of(source: Path, root: Path) -> list[Path]:
 
 
 def _listed_pictures(listing: Path, root: Path) -> Iterator[Path]:
-    for number, line in _rows(listing):
+    for number, line in read_rows(listing):
         path = Path(line.replace("\\", "/"))
         # Lists are written relative to themselves or to the data set's folder; absolute paths stay what they are.
         candidates = [listing.parent / path, root / path]
-        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        found = next((candidate for candidate in candidates if is_file(candidate)), None)
         if found is None:
             raise DataError(
                 f"{listing}:{number} lists {line}, which does not exist",
@@ -269,9 +297,13 @@ def _listed_pictures(listing: Path, root: Path) -> Iterator[Path]:
         yield found
 
 
-def _rows(path: Path) -> list[tuple[int, str]]:
-    """The lines of a text file that are not blank, with their numbers; an empty file has none."""
-    if path.stat().st_size == 0:
+def read_rows(path: Path) -> list[tuple[int, str]]:
+    """Read the lines of a text file that are not blank, with their numbers; an empty file has none.
+
+    Raises:
+        DataError: the file is not UTF-8, or cannot be read.
+    """
+    if is_empty(path):
         return []
     with open_regular(path) as file:
         content = file.read()
@@ -294,14 +326,15 @@ def _common(root: Path, paths: Sequence[Path]) -> Path:
 
 
 @dataclass(frozen=True)
-class _Labels:
+class LabelFolder:
     """The folder of the label files of a folder of pictures, and their names."""
 
     folder: Path
     names: frozenset[str]
 
     @classmethod
-    def of(cls, pictures: Path) -> _Labels:
+    def of(cls, pictures: Path) -> LabelFolder:
+        """Find where the label files of a folder of pictures lie, and list them."""
         parts = pictures.parts
         folder = pictures
         if "images" in parts:
@@ -313,8 +346,16 @@ class _Labels:
 
 
 @dataclass
-class _Reader:
-    """Gathers pictures and objects as columns."""
+class YoloColumns:
+    """Gathers pictures and objects as columns.
+
+    Attributes:
+        described: the data set.
+        pictures, objects: what was gathered.
+        places: file and line of each object.
+        unlabelled: names of pictures without a label file.
+        outlines: objects that were given by an outline.
+    """
 
     described: YoloFile
     pictures: Pictures = field(default_factory=Pictures)
@@ -329,11 +370,11 @@ class _Reader:
 
     def read(self, paths: Sequence[Path]) -> None:
         """Take all pictures with their objects."""
-        folders: dict[Path, _Labels] = {}
+        folders: dict[Path, LabelFolder] = {}
         top = _common(self.described.root, paths)
         ids = picture_ids([path.stem for path in paths])
         for identity, path in zip(ids, paths, strict=True):
-            labels = folders.get(path.parent) or folders.setdefault(path.parent, _Labels.of(path.parent))
+            labels = folders.get(path.parent) or folders.setdefault(path.parent, LabelFolder.of(path.parent))
             self._add_picture(identity, path, labels, top)
         if paths and len(self.unlabelled) == len(paths):
             labels = folders[paths[0].parent]
@@ -343,7 +384,7 @@ class _Reader:
                 "put the label files into labels/, or beside the pictures",
             )
 
-    def _add_picture(self, identity: int, path: Path, labels: _Labels, top: Path) -> None:
+    def _add_picture(self, identity: int, path: Path, labels: LabelFolder, top: Path) -> None:
         name = _relative(path, top)
         size = image_size(path)
         self.pictures.ids.append(identity)
@@ -355,10 +396,21 @@ class _Reader:
             self.unlabelled.append(name)
             return
         file = labels.folder / leaf
-        for number, line in _rows(file):
-            self._add_object(file, number, line.split(), size)
+        for number, line in read_rows(file):
+            self.add_object(file, number, line.split(), size)
 
-    def _add_object(self, file: Path, number: int, words: list[str], size: tuple[int, int]) -> None:
+    def add_object(self, file: Path, number: int, words: list[str], size: tuple[int, int]) -> None:
+        """Take an object of the last picture.
+
+        Args:
+            file: the label file.
+            number: of the row.
+            words: of the row.
+            size: (width, height) of the picture, px-img; boxes are fractions if it is (1, 1).
+
+        Raises:
+            DataError: the row has no known class, or not the right numbers.
+        """
         where = f"{file}:{number}"
         label = self._label(where, words[0])
         values = _values(where, words)

@@ -1,7 +1,6 @@
 """Figures of how anchors cover objects: maps and curves, and anchors drawn on real pictures; each one a PNG in memory.
 
-The colours are told apart by red-blind and green-blind eyes, and lines differ in style as well. No name of a user is
-drawn, so no letter can be missing from the font.
+No name of a user is drawn, so no letter can be missing from the font.
 """
 
 from __future__ import annotations
@@ -12,42 +11,33 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import NDArray
 from PIL import Image
 
 from refinedet_cli.core.anchor_coverage import best_ious
 from refinedet_cli.core.config import AnchorConfig
 from refinedet_cli.engine.anchors import MATCHED, MISSED, AnchorReport
+from refinedet_cli.engine.charts import (
+    LIGHT,
+    PERCENT,
+    Theme,
+    colour_bar,
+    finish_axis,
+    legend_below,
+    log_axis,
+    new_figure,
+    to_png,
+)
 
-_DPI = 120
 _DOTS = 4000
 _MAP_STEPS, _MAP_PLACES, _MAP_FROM = 44, 20, 4.0
 _FEW = 5  # objects; a share of fewer says nothing
 _ANCHORS_SHOWN = 12
 
-
-class Theme(NamedTuple):
-    """Colours of a chart; ``series`` are those of what is compared, ``reach`` those of the map, from none to all."""
-
-    paper: str
-    ink: str
-    faint: str
-    series: tuple[str, str, str]
-    reach: tuple[str, str]
-
-
-LIGHT = Theme("#ffffff", "#1b1f24", "#d5d9de", ("#0072b2", "#d55e00", "#009e73"), ("#f4f2ee", "#74b3dd"))
-DARK = Theme("#15181c", "#e4e7eb", "#3a4048", ("#56b4e9", "#f0a030", "#3ecf9f"), ("#22272e", "#2c6f9f"))
-
-_PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f} %")
 _STYLES = ("-", "--", "-.")
 # Of objects in pictures: bright enough for any photograph, with a dark rim.
 _STATES = ("#4cc2ff", "#ffc20a", "#ff4fa3")
@@ -128,7 +118,7 @@ def draw_reach(
         theme: colours.
         seed: of the choice of dots.
     """
-    figure = _figure(4.6 * len(named) + 1.0, 5.4, theme)
+    figure = new_figure(4.6 * len(named) + 1.0, 5.4, theme)
     axes: list[Axes] = list(np.atleast_1d(figure.subplots(1, len(named), sharex=True, sharey=True)))
     if len(sides) > _DOTS:
         sides = sides[np.random.default_rng(seed).choice(len(sides), _DOTS, replace=False)]
@@ -145,23 +135,20 @@ def draw_reach(
         across, down = np.minimum(shapes, [width, height]).T
         for colour, line in ((theme.paper, 3.4), (theme.series[1], 1.8)):
             axis.plot(across, down, "s", ms=6, mfc="none", mec=colour, mew=line, clip_on=False, zorder=3)
-        _finish(axis, theme, f"{name}: {100 * report.share:.1f} % reach IoU {MATCHED:g}")
-        _log_axis(axis, "x", _MAP_FROM, width)
-        _log_axis(axis, "y", _MAP_FROM, height)
+        finish_axis(axis, theme, f"{name}: {100 * report.share:.1f} % reach IoU {MATCHED:g}")
+        log_axis(axis, "x", _MAP_FROM, width)
+        log_axis(axis, "y", _MAP_FROM, height)
         axis.set_xlabel("width, px of the input")
         axis.set_box_aspect(1)
     axes[0].set_ylabel("height, px of the input")
-    bar = figure.colorbar(mesh, ax=axes, shrink=0.85, pad=0.02)
-    bar.set_label("places where an object of this size is reached", color=theme.ink, fontsize=9)
-    bar.ax.yaxis.set_major_formatter(_PERCENT)
-    bar.ax.tick_params(colors=theme.ink, labelsize=8)
-    bar.outline.set_edgecolor(theme.faint)
+    bar = colour_bar(figure, mesh, axes, "places where an object of this size is reached", theme)
+    bar.ax.yaxis.set_major_formatter(PERCENT)
     keys = [
         Line2D([], [], marker="o", ls="", ms=3, color=theme.ink, label="objects"),
         Line2D([], [], marker="s", ls="", ms=6, mfc="none", mec=theme.series[1], mew=1.8, label="anchors"),
     ]
-    _legend_below(figure, keys, theme)
-    return _png(figure)
+    legend_below(figure, keys, theme)
+    return to_png(figure)
 
 
 def draw_recall_by_size(
@@ -175,7 +162,7 @@ def draw_recall_by_size(
         theme: colours.
         limit: the size below which no anchor can reach an object, drawn as a line.
     """
-    figure = _figure(7.2, 4.2, theme)
+    figure = new_figure(7.2, 4.2, theme)
     axis = figure.subplots()
     size = np.sqrt(sides.prod(axis=1))
     low, high = np.floor(2 * np.log2(max(1.0, size.min()))) / 2, np.ceil(2 * np.log2(size.max()) + 1e-9) / 2
@@ -205,18 +192,18 @@ def draw_recall_by_size(
         axis.axvline(limit, color=theme.ink, lw=1, ls=":")
         keys.append(Line2D([], [], color=theme.ink, lw=1, ls=":", label=f"smallest reachable: {limit:.1f} px"))
     axis.set_ylim(0, 1.03)
-    axis.yaxis.set_major_formatter(_PERCENT)
-    _log_axis(axis, "x", float(edges[0]), float(edges[-1]))
+    axis.yaxis.set_major_formatter(PERCENT)
+    log_axis(axis, "x", float(edges[0]), float(edges[-1]))
     axis.set_xlabel("square root of the object's area, px of the input")
     axis.set_ylabel(f"reach IoU {MATCHED:g}")
-    _finish(axis, theme, f"Objects that reach IoU {MATCHED:g}, by size")
-    _legend_below(figure, keys, theme)
-    return _png(figure)
+    finish_axis(axis, theme, f"Objects that reach IoU {MATCHED:g}, by size")
+    legend_below(figure, keys, theme)
+    return to_png(figure)
 
 
 def draw_recall_by_iou(series: Sequence[Series], theme: Theme) -> bytes:
     """Draw the share of objects whose best overlap is at least so much, for every overlap."""
-    figure = _figure(7.2, 4.2, theme)
+    figure = new_figure(7.2, 4.2, theme)
     axis = figure.subplots()
     levels = np.linspace(0, 1, 201)
     for i, one in enumerate(series):
@@ -226,20 +213,20 @@ def draw_recall_by_iou(series: Sequence[Series], theme: Theme) -> bytes:
     axis.axvline(MATCHED, color=theme.ink, lw=1, ls=":")
     axis.set_xlim(0, 1)
     axis.set_ylim(0, 1.03)
-    axis.yaxis.set_major_formatter(_PERCENT)
+    axis.yaxis.set_major_formatter(PERCENT)
     axis.set_xlabel("IoU of an object with the box that covers it best")
     axis.set_ylabel("objects that reach it")
-    _finish(axis, theme, "Objects that reach an IoU")
+    finish_axis(axis, theme, "Objects that reach an IoU")
     keys = [Line2D([], [], ls=_STYLES[i], color=theme.series[i], lw=2.4, label=s.name) for i, s in enumerate(series)]
     keys.append(Line2D([], [], color=theme.ink, lw=1, ls=":", label=f"matched from IoU {MATCHED:g}"))
-    _legend_below(figure, keys, theme)
-    return _png(figure)
+    legend_below(figure, keys, theme)
+    return to_png(figure)
 
 
 def draw_levels(named: Sequence[tuple[str, AnchorReport]], theme: Theme) -> bytes:
     """Draw how many objects have their best anchor on each level, and how many of these are matched."""
     strides = [level.stride for level in named[0][1].levels]
-    figure = _figure(7.2, 0.9 + 0.55 * len(strides) * max(1.4, len(named)), theme)
+    figure = new_figure(7.2, 0.9 + 0.55 * len(strides) * max(1.4, len(named)), theme)
     axis = figure.subplots()
     thick = 0.8 / len(named)
     highest = 0.0
@@ -263,14 +250,14 @@ def draw_levels(named: Sequence[tuple[str, AnchorReport]], theme: Theme) -> byte
     axis.set_yticks(range(len(strides)), [f"stride {stride}" for stride in strides])
     axis.invert_yaxis()
     axis.set_xlim(0, highest * 1.16)
-    axis.xaxis.set_major_formatter(_PERCENT)
+    axis.xaxis.set_major_formatter(PERCENT)
     axis.set_xlabel("share of all objects")
-    _finish(axis, theme, "Which level has the best anchor")
+    finish_axis(axis, theme, "Which level has the best anchor")
     axis.grid(visible=False, axis="y")
     keys: list[Any] = [Patch(color=theme.series[i], label=name) for i, (name, _) in enumerate(named)]
     keys.append(Patch(facecolor=theme.paper, edgecolor=theme.ink, hatch="////", label=f"below IoU {MATCHED:g}"))
-    _legend_below(figure, keys, theme)
-    return _png(figure)
+    legend_below(figure, keys, theme)
+    return to_png(figure)
 
 
 def draw_picture(image: NDArray[np.uint8], boxes: NDArray[np.float64], panels: Sequence[Panel]) -> bytes:
@@ -283,7 +270,7 @@ def draw_picture(image: NDArray[np.uint8], boxes: NDArray[np.float64], panels: S
     """
     height, width = image.shape[:2]
     across = 5.6
-    figure = _figure(across * len(panels), across * min(1.6, max(0.45, height / width)) + 0.75, LIGHT)
+    figure = new_figure(across * len(panels), across * min(1.6, max(0.45, height / width)) + 0.75, LIGHT)
     axes: list[Axes] = list(np.atleast_1d(figure.subplots(1, len(panels))))
     for axis, panel in zip(axes, panels, strict=True):
         axis.imshow(image, interpolation="lanczos", extent=(0, width, height, 0))
@@ -307,8 +294,8 @@ def draw_picture(image: NDArray[np.uint8], boxes: NDArray[np.float64], panels: S
     moves = any(panel.moved is not None for panel in panels)
     label = "its anchor, and where the network moves its centre" if moves else "the anchor that covers it best"
     keys.append(Line2D([], [], color="#707070", lw=1.4, ls=(0, (2, 1.6)), label=label))
-    _legend_below(figure, keys, LIGHT, columns=2 if len(panels) == 1 else 3)
-    return _png(figure)
+    legend_below(figure, keys, LIGHT, columns=2 if len(panels) == 1 else 3)
+    return to_png(figure)
 
 
 def as_jpeg(png: bytes) -> bytes:
@@ -339,46 +326,3 @@ def _draw_arrow(axis: Axes, start: NDArray[np.floating], end: NDArray[np.floatin
             path_effects=[rim],
         )
     )  # fmt: skip
-
-
-def _figure(width: float, height: float, theme: Theme) -> Figure:
-    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout=layout, facecolor=theme.paper)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _finish(axis: Axes, theme: Theme, title: str) -> None:
-    axis.set_title(title, fontsize=11, color=theme.ink, loc="left")
-    axis.set_facecolor(theme.paper)
-    axis.tick_params(colors=theme.ink, labelsize=9)
-    axis.xaxis.label.set(color=theme.ink, fontsize=9)
-    axis.yaxis.label.set(color=theme.ink, fontsize=9)
-    axis.grid(visible=True, color=theme.faint, lw=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[:].set_color(theme.faint)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _log_axis(axis: Axes, which: str, low: float, high: float) -> None:
-    """Scale an axis by the logarithm, with ticks at powers of two."""
-    side = getattr(axis, f"{which}axis")
-    getattr(axis, f"set_{which}scale")("log", base=2)
-    getattr(axis, f"set_{which}lim")(low, high)
-    ticks = 2.0 ** np.arange(np.ceil(np.log2(low) - 1e-9), np.floor(np.log2(high) + 1e-9) + 1)
-    side.set_major_locator(FixedLocator(list(ticks)))
-    side.set_minor_locator(NullLocator())
-    side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _legend_below(figure: Figure, keys: Sequence[Any], theme: Theme, *, columns: int = 4) -> None:
-    figure.legend(
-        handles=list(keys), loc="outside lower center", ncols=min(len(keys), columns), frameon=False, fontsize=9,
-        labelcolor=theme.ink,
-    )  # fmt: skip
-
-
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", facecolor=figure.get_facecolor())
-    return stream.getvalue()

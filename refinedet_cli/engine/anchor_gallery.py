@@ -13,11 +13,8 @@ from refinedet_cli.core.boxes import cxcywh_to_xyxy, pair_iou
 from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.data.loading import read_record
 from refinedet_cli.engine.anchor_figures import (
-    DARK,
-    LIGHT,
     Panel,
     Series,
-    Theme,
     as_jpeg,
     draw_levels,
     draw_picture,
@@ -27,6 +24,7 @@ from refinedet_cli.engine.anchor_figures import (
 )
 from refinedet_cli.engine.anchor_refinement import Refinement
 from refinedet_cli.engine.anchors import MATCHED, AnchorReport, Flags, Floats, Objects
+from refinedet_cli.engine.charts import DARK, LIGHT, Theme
 
 # In a picture that is to show something, and to be understood at a glance.
 _FEWEST_OBJECTS, _MOST_OBJECTS = 3, 25

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from refinedet_cli.core.anchor_coverage import Coverage, ObjectSet, coverage
 from refinedet_cli.core.config import AnchorConfig, Classes, DetectorConfig
+from refinedet_cli.core.words import joined
 from refinedet_cli.data.dataset import Dataset
 from refinedet_cli.engine.network_facts import multiply_adds, receptive_fields
 from refinedet_cli.errors import DataError
@@ -308,7 +309,7 @@ def explain(report: AnchorReport) -> str:
     if reasons[0][0] == missed.total:
         return f"{head} All of these are {reasons[0][1]}."
     told = [f"{percent(count / missed.total)} are {text}" for count, text in reasons if count]
-    return f"{head} Of these, {_and(told)}."
+    return f"{head} Of these, {joined(told)}."
 
 
 def percent(share: float) -> str:
@@ -325,10 +326,6 @@ def shape_text(shape: tuple[float, float]) -> str:
     """Write an anchor's width and height, px-in."""
     width, height = (round(side, 1) for side in shape)
     return f"{width:g}x{height:g}"
-
-
-def _and(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def _side_names() -> list[str]:

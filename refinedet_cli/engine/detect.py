@@ -2,51 +2,79 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
 import time
-import unicodedata
+from array import array
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
-from itertools import islice
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 
-from refinedet_cli.core.config import Classes
 from refinedet_cli.core.structures import Detections
-from refinedet_cli.data.files import write_whole
-from refinedet_cli.data.images import FoundImage, read_image
-from refinedet_cli.engine.draw import draw_detections
+from refinedet_cli.data.files import make_folder
+from refinedet_cli.data.images import FoundImage
+from refinedet_cli.engine import detect_reading
+from refinedet_cli.engine.detect_classes import select_labels
+from refinedet_cli.engine.detect_copies import ANNOTATED_NAME, CROPS_NAME, Copies, Targets, reason_of
+from refinedet_cli.engine.detect_journal import RunKey
+from refinedet_cli.engine.detect_names import UniqueNames
+from refinedet_cli.engine.detect_outputs import FORMATS
+from refinedet_cli.engine.detect_reading import Decoded, Listed, Pixels, blocks, read_groups
+from refinedet_cli.engine.detect_shards import Shard
+from refinedet_cli.engine.detect_store import InMemory, OnDisk, Store, Summary
 from refinedet_cli.engine.predict import AnyPredictor
-from refinedet_cli.engine.results import (
-    RESULTS_NAME,
-    ClassCount,
-    Failure,
-    Origin,
-    PictureResult,
-    count_classes,
-    origin_of,
-    write_results,
-)
-from refinedet_cli.errors import DataError, RefineDetError, UsageError
+from refinedet_cli.engine.results import ClassCount, Origin, PictureRecord, detection_rows, origin_of
+from refinedet_cli.errors import DataError
 
-ANNOTATED_NAME = "annotated"
 
-# Decoded pictures that may wait for the network, and drawn ones that may wait for the disk, each.
-_HELD_BYTES = 256 * 2**20
-_JPEG_QUALITY = 92
-_JPEG_LONGEST_SIDE = 65_500
-# File systems take 255 bytes; this leaves room for an extension.
-_LONGEST_NAME = 240
+class Images(Protocol):
+    """Pictures to work on, with unique names: a list, or an `ImageList`."""
 
-Pixels = NDArray[np.uint8]
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[FoundImage]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectOptions:
+    """What a run keeps and writes.
+
+    Attributes:
+        score: detections that score lower are left out.
+        batch: pictures computed together; fewer where they are large.
+        draw: write annotated pictures, under the names of the pictures. PNG stays PNG, all else becomes JPEG.
+        crops: write each object as a picture.
+        formats: of `FORMATS`, to write beside `detections.json`.
+        only_classes: names or category ids of the classes that are kept; empty keeps all.
+        resume: go on with the run that the output folder holds.
+        shard: the part of this process where several share the work; each takes whole blocks of ``batch`` pictures.
+        readers: threads that decode; None fits the machine.
+    """
+
+    score: float
+    batch: int
+    draw: bool = True
+    crops: bool = False
+    formats: frozenset[str] = frozenset()
+    only_classes: tuple[str, ...] = ()
+    resume: bool = False
+    shard: Shard | None = None
+    readers: int | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := self.formats - set(FORMATS):
+            raise ValueError(f"formats {sorted(unknown)} are not among {FORMATS}")
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        """The formats, and the kinds of pictures, that are written into a folder."""
+        pictures = {name for name, wanted in ((ANNOTATED_NAME, self.draw), (CROPS_NAME, self.crops)) if wanted}
+        return frozenset({"coco", *self.formats, *pictures})
 
 
 @dataclass(frozen=True)
@@ -54,10 +82,10 @@ class Progress:
     """How far the work has come.
 
     Attributes:
-        done: pictures that are finished, failed ones included.
-        total: pictures there are.
-        failed: of those done.
-        objects: found so far.
+        done: pictures that are finished, failed ones included, and those of the run that is gone on with.
+        total: pictures there are for this process.
+        failed: of those done now.
+        objects: found now.
         name: of the picture finished last.
     """
 
@@ -69,41 +97,33 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class DetectedPicture:
-    """One picture that was worked on.
-
-    Attributes:
-        path: the file it came from.
-        result: what was found.
-        annotated: the drawn copy; None where none was asked for or it could not be written.
-    """
-
-    path: Path
-    result: PictureResult
-    annotated: Path | None
-
-
-@dataclass(frozen=True)
 class DetectResult:
     """What a whole run found.
 
     Attributes:
-        pictures: in the order given, without those that could not be read.
+        summary: the numbers, and the first pictures.
         counts: per class, the most frequent first.
-        failures: in the order in which they came up.
-        skipped: pictures left out because they are annotated copies in the output folder.
         origin: how the detections were made.
-        results_file: `detections.json`; None where nothing was to be written.
+        files: what was written beside pictures, `detections.json` first; empty where nothing was to be written.
+        removed: files of an earlier run that were removed.
+        worked: pictures read, or tried to, by this call.
+        resumed: pictures that were there already.
         seconds: from the first picture to the last file.
     """
 
-    pictures: tuple[DetectedPicture, ...]
+    summary: Summary
     counts: tuple[ClassCount, ...]
-    failures: tuple[Failure, ...]
-    skipped: int
     origin: Origin
-    results_file: Path | None
+    files: tuple[Path, ...]
+    removed: int
+    worked: int
+    resumed: int
     seconds: float
+
+    @property
+    def pictures(self) -> Sequence[PictureRecord]:
+        """The first pictures, in the order given, without those that could not be read."""
+        return self.summary.pictures
 
     @property
     def objects(self) -> int:
@@ -113,7 +133,7 @@ class DetectResult:
     @property
     def pictures_per_second(self) -> float:
         """Pictures worked on in a second, reading, drawing and writing included."""
-        return len(self.pictures) / max(self.seconds, 1e-9)
+        return self.worked / max(self.seconds, 1e-9)
 
 
 def ignore(progress: Progress) -> None:
@@ -122,295 +142,205 @@ def ignore(progress: Progress) -> None:
 
 def detect(
     predictor: AnyPredictor,
-    images: Sequence[FoundImage],
+    images: Images,
     *,
     out: Path | None,
-    score: float,
-    batch: int,
-    draw: bool = True,
-    readers: int | None = None,
+    options: DetectOptions,
     on_progress: Callable[[Progress], None] = ignore,
 ) -> DetectResult:
     """Find objects in pictures, and write what was found.
 
-    A picture that cannot be read or written becomes a `Failure`, and the rest goes on. When the run is stopped, by an
-    interrupt or an error, what was found so far is written before it ends, marked as incomplete.
+    A picture that cannot be read or written is recorded with its problem, and the rest goes on. Each picture is in
+    ``detections.jsonl`` as soon as it is done; from these lines the other files are made at the end, and a run that was
+    stopped, in whatever way, goes on. After an interrupt or an error, `detections.json` holds what was found so far,
+    marked as incomplete.
 
     Args:
         predictor: the detector.
-        images: with unique names; image ids are their places in this list, counted from 1.
-        out: folder for `detections.json` and ``annotated/``, made where missing; None writes nothing.
-        score: detections that score lower are left out.
-        batch: pictures computed together; fewer where they are large.
-        draw: write annotated pictures, under the names of the pictures. PNG stays PNG, all else becomes JPEG.
-        readers: threads that decode; None fits the machine.
+        images: image ids are their places, counted from 1.
+        out: folder for all that is written, made where missing; None writes nothing.
+        options: what is kept and written.
         on_progress: called in this thread after each picture.
 
     Returns:
-        `DetectResult`; pictures and failures of reading together are all images that were not skipped.
+        `DetectResult`. Of several processes rank 0 waits for the others and sums up all; the others sum up what they
+        know of.
 
     Raises:
-        UsageError: ``out`` is a file, or cannot be a folder.
-        DataError: only annotated copies of an earlier run were given, or `detections.json` cannot be written.
+        UsageError: ``out`` is a file, or cannot be a folder; it holds an unfinished run, or, to resume, one of other
+            pictures, another detector or other options; a class is not known.
+        DataError: an output cannot be written.
+        PartialError: from another process nothing came for long.
     """
     start = time.perf_counter()
-    numbered = list(enumerate(images, start=1))
-    if out is not None:
-        _make_folder(out)
-        numbered = [(i, image) for i, image in numbered if not _inside(image.path, out / ANNOTATED_NAME)]
-        if images and not numbered:
-            raise DataError(
-                f"{out / ANNOTATED_NAME} holds annotated copies, and no other pictures were given",
-                "name the original pictures, or choose another output folder",
-            )
-    origin = origin_of(predictor, score_threshold=score)
-    annotated = out / ANNOTATED_NAME if out is not None and draw else None
-    results_file = out / RESULTS_NAME if out is not None else None
-    run = _Run(predictor, score, numbered, annotated, on_progress)
-    readers = readers or min(4, os.cpu_count() or 1)
-    try:
-        with ThreadPoolExecutor(readers) as pool, closing(_groups(numbered, batch, readers, run.fail)) as groups:
-            for group in groups:
-                run.work(group, pool)
+    classes = predictor.classes
+    labels = select_labels(classes, options.only_classes) if options.only_classes else None
+    kept = None if labels is None else tuple(classes.names[label - 1] for label in sorted(labels))
+    origin = origin_of(predictor, score_threshold=options.score, only_classes=kept)
+    copies = Copies(out, classes, annotated=options.draw, crops=options.crops) if out is not None else None
+    with _open_store(predictor, images, out, origin, options) as store:
+        resumed = store.done
+        own = range(1, len(images) + 1) if options.shard is None else _own(len(images), options.batch, options.shard)
+        run = _Run(
+            predictor,
+            choose=lambda found: _of_labels(found.above(options.score), labels),
+            copies=copies,
+            store=store,
+            on_progress=on_progress,
+            done=sum(image_id in store for image_id in own),
+            total=len(own),
+        )
+        try:
+            _go_through(run, images, options, store)
+        except BaseException:
+            # The pool has finished what it had begun.
             run.settle(held_bytes=0)
-    except BaseException:
-        # The pool has finished what it had begun.
-        run.settle(held_bytes=0)
-        if results_file is not None and run.pictures:
-            run.write(results_file, origin, complete=False)
-        raise
-    if results_file is not None:
-        run.write(results_file, origin, complete=True)
+            store.stop()
+            raise
+        files, summary = store.finish(), store.summary()
+        removed = store.removed
     return DetectResult(
-        pictures=tuple(run.pictures),
-        counts=count_classes((picture.result for picture in run.pictures), predictor.classes),
-        failures=tuple(run.failures),
-        skipped=len(images) - len(numbered),
+        summary=summary,
+        counts=summary.classes.counts(),
         origin=origin,
-        results_file=results_file,
+        files=tuple(files),
+        removed=removed,
+        worked=run.worked,
+        resumed=resumed,
         seconds=time.perf_counter() - start,
     )
 
 
-def annotated_paths(folder: Path, images: Sequence[FoundImage]) -> list[Path]:
-    """Name the annotated copies of pictures.
-
-    Args:
-        folder: under which they go.
-        images: pictures with unique relative names.
-
-    Returns:
-        one path per picture, each in the sub-folder that its name has, none equal to another (case aside). A JPEG or
-        PNG keeps its name, ``a.webp`` becomes ``a.webp.jpg``, and a name too long for a file is cut and marked with its
-        hash.
-    """
-    taken: set[str] = set()
-    paths = []
-    for image in images:
-        parts = [_short(part) for part in PurePosixPath(image.name).parts if part not in ("/", "..")]
-        name = PurePosixPath(*parts)
-        if name.suffix.lower() not in (".jpg", ".jpeg", ".png"):
-            name = name.with_name(name.name + ".jpg")
-        unique, number = name, 1
-        while _folded(unique) in taken:
-            number += 1
-            unique = name.with_stem(f"{name.stem}-{number}")
-        taken.add(_folded(unique))
-        paths.append(folder / unique)
-    return paths
+def _open_store(
+    predictor: AnyPredictor, images: Images, out: Path | None, origin: Origin, options: DetectOptions
+) -> Store:
+    if out is None:
+        return InMemory(predictor.classes)
+    make_folder(out)
+    key = RunKey.of(origin, predictor.config, images, annotated=options.draw, crops=options.crops)
+    return OnDisk(
+        out,
+        key,
+        predictor.classes,
+        outputs=options.outputs,
+        resume=options.resume,
+        shard=options.shard,
+        batch=options.batch,
+    )
 
 
-def _folded(name: PurePosixPath) -> str:
-    """The name as file systems compare it that do not tell cases or Unicode forms apart."""
-    return unicodedata.normalize("NFC", str(name)).casefold()
+def _go_through(run: _Run, images: Images, options: DetectOptions, store: Store) -> None:
+    """Work on all pictures that are this process's and not in the store yet."""
+    readers = options.readers or min(4, os.cpu_count() or 1)
+
+    def wanted(block: int, image_ids: Sequence[int]) -> bool:
+        own = options.shard is None or options.shard.has(block)
+        return own and not all(image_id in store for image_id in image_ids)
+
+    with UniqueNames() as annotated, UniqueNames() as stems, ThreadPoolExecutor(readers) as pool:
+        # All names are given, also those of pictures that are not wanted, so that they are the same in every process.
+        numbered = ((i, image, run.targets(image, annotated, stems)) for i, image in enumerate(images, start=1))
+        with closing(read_groups(blocks(numbered, options.batch, wanted), options.batch, readers)) as groups:
+            for group in groups:
+                run.work(group, pool)
+        run.settle(held_bytes=0)
 
 
-def _short(part: str) -> str:
-    raw = os.fsencode(part)
-    if len(raw) <= _LONGEST_NAME:
-        return part
-    suffix = PurePosixPath(part).suffix
-    suffix = suffix if len(os.fsencode(suffix)) <= 10 else ""
-    mark = f"~{hashlib.sha256(raw).hexdigest()[:8]}"
-    kept = raw[: _LONGEST_NAME - len(mark) - len(suffix)]
-    # A cut through the bytes of one letter would leave something that is no text.
-    return kept.decode("utf-8", errors="ignore") + mark + suffix
+def _own(total: int, batch: int, shard: Shard) -> Sequence[int]:
+    """The image ids of one process's pictures, as a list of small numbers."""
+    return array("q", (i for i in range(1, total + 1) if shard.has((i - 1) // batch)))
 
 
-class _Decoded(NamedTuple):
-    """A picture that waits for the network."""
+class _Pending(NamedTuple):
+    """A record that waits for its pictures, how large their pixels are, and the record once they are written."""
 
-    image_id: int
-    image: FoundImage
-    pixels: Pixels
-
-
-class _Writing(NamedTuple):
-    """An annotated copy under way: whose, how large its pixels are, and the file once it is there."""
-
-    place: int
+    record: PictureRecord
     size: int
-    file: Future[Path]
+    written: Future[PictureRecord] | None
 
 
 class _Run:
-    """What a run has found so far, and its files under way."""
+    """The work on groups of pictures, and their files under way."""
 
     def __init__(
         self,
         predictor: AnyPredictor,
-        score: float,
-        images: Sequence[tuple[int, FoundImage]],
-        annotated: Path | None,
+        *,
+        choose: Callable[[Detections], Detections],
+        copies: Copies | None,
+        store: Store,
         on_progress: Callable[[Progress], None],
+        done: int,
+        total: int,
     ) -> None:
-        self.pictures: list[DetectedPicture] = []
-        self.failures: list[Failure] = []
-        self._predictor = predictor
-        self._score = score
-        self._annotated = annotated
-        self._targets: dict[int, Path] = {}
-        if annotated is not None:
-            paths = annotated_paths(annotated, [image for _, image in images])
-            self._targets = {image_id: path for (image_id, _), path in zip(images, paths, strict=True)}
-        self._on_progress = on_progress
-        self._total = len(images)
-        self._unread = 0
-        self._objects = 0
-        self._writing: deque[_Writing] = deque()
+        self.worked = 0
+        self._predictor, self._choose, self._copies, self._store = predictor, choose, copies, store
+        self._on_progress, self._done, self._total = on_progress, done, total
+        self._failed = self._objects = 0
+        self._pending: deque[_Pending] = deque()
 
-    def fail(self, image: FoundImage, error: RefineDetError) -> None:
-        """Record a picture that could not be read."""
-        self._unread += 1
-        self._record(image.path, image.name, error)
-        self._report(image.name)
+    def targets(self, image: FoundImage, annotated: UniqueNames, stems: UniqueNames) -> Targets:
+        """Name the files of a picture; asked once for each, in order."""
+        return Targets(None, None) if self._copies is None else self._copies.targets(image.name, annotated, stems)
 
-    def work(self, group: Sequence[_Decoded], pool: ThreadPoolExecutor) -> None:
-        """Find the objects in a group of pictures and hand the drawing to the pool."""
-        found = self._predictor.predict([picture.pixels for picture in group])
-        for (image_id, image, pixels), everything in zip(group, found, strict=True):
-            detections = everything.above(self._score)
-            height, width = pixels.shape[:2]
-            result = PictureResult(image_id, image.name, width, height, detections)
-            self.pictures.append(DetectedPicture(image.path, result, annotated=None))
-            self._objects += len(detections)
-            if self._annotated is not None:
-                self.settle(held_bytes=_HELD_BYTES - pixels.nbytes)
-                file = pool.submit(
-                    _write_annotated,
-                    self._targets[image_id],
-                    self._annotated,
-                    pixels,
-                    detections,
-                    self._predictor.classes,
-                )
-                self._writing.append(_Writing(len(self.pictures) - 1, pixels.nbytes, file))
-            self._report(image.name)
+    def work(self, group: Sequence[Decoded], pool: ThreadPoolExecutor) -> None:
+        """Find the objects in a group of pictures, all of which count, and record those that are not in the store."""
+        if all(decoded.listed.image_id in self._store for decoded in group):
+            return
+        pictures = [pixels for _, pixels in group if not isinstance(pixels, DataError)]
+        found = iter(self._predictor.predict(pictures) if pictures else [])
+        self._store.begin()
+        for listed, pixels in group:
+            is_new = listed.image_id not in self._store
+            if isinstance(pixels, DataError):
+                if is_new:
+                    self._fail(listed, pixels)
+            else:
+                detections = self._choose(next(found))
+                if is_new:
+                    self._take(listed, pixels, detections, pool)
+            if is_new:
+                self._report(listed.image.name)
 
     def settle(self, *, held_bytes: int) -> None:
-        """Wait for annotated copies until those under way hold no more than so many bytes of pixels."""
-        while self._writing and (held_bytes <= 0 or sum(w.size for w in self._writing) > held_bytes):
-            place, _, file = self._writing.popleft()
-            picture = self.pictures[place]
-            try:
-                self.pictures[place] = replace(picture, annotated=file.result())
-            except DataError as error:
-                self._record(picture.path, picture.result.file_name, error)
+        """Store records, in order, until the pictures under way hold no more than so many bytes of pixels."""
+        while self._pending:
+            first = self._pending[0]
+            under_way = first.written is not None and not first.written.done()
+            if under_way and sum(pending.size for pending in self._pending) <= held_bytes:
+                return
+            self._pending.popleft()
+            record = first.record if first.written is None else first.written.result()
+            self._failed += record.problem is not None and first.record.problem is None
+            self._store.append(record)
 
-    def write(self, path: Path, origin: Origin, *, complete: bool) -> None:
-        """Write `detections.json`."""
-        found = [picture.result for picture in self.pictures]
-        write_results(path, found, self._predictor.classes, origin, failures=self.failures, complete=complete)
+    def _fail(self, listed: Listed, error: DataError) -> None:
+        path, name = listed.image.path, listed.image.name
+        record = PictureRecord(listed.image_id, path, name, 0, 0, problem=reason_of(error, path))
+        self._failed += 1
+        self._pending.append(_Pending(record, 0, None))
+        self.settle(held_bytes=detect_reading.HELD_BYTES)
 
-    def _record(self, path: Path, name: str, error: RefineDetError) -> None:
-        reason = error.message.removeprefix(f"{path} ")
-        self.failures.append(Failure(path, name, f"{reason}; {error.hint}" if error.hint else reason))
+    def _take(self, listed: Listed, pixels: Pixels, detections: Detections, pool: ThreadPoolExecutor) -> None:
+        height, width = pixels.shape[:2]
+        rows = tuple(detection_rows(detections, self._predictor.classes))
+        record = PictureRecord(listed.image_id, listed.image.path, listed.image.name, width, height, rows)
+        self._objects += len(rows)
+        self.settle(held_bytes=detect_reading.HELD_BYTES - pixels.nbytes)
+        written = None
+        if self._copies is not None and listed.targets != Targets(None, None):
+            written = pool.submit(self._copies.write, record, listed.targets, pixels, detections)
+        self._pending.append(_Pending(record, pixels.nbytes if written else 0, written))
+        if written is None:
+            self.settle(held_bytes=detect_reading.HELD_BYTES)
 
     def _report(self, name: str) -> None:
-        done = len(self.pictures) + self._unread
-        self._on_progress(Progress(done, self._total, len(self.failures), self._objects, name))
+        self.worked += 1
+        self._on_progress(Progress(self._done + self.worked, self._total, self._failed, self._objects, name))
 
 
-def _groups(
-    images: Sequence[tuple[int, FoundImage]],
-    batch: int,
-    readers: int,
-    on_failure: Callable[[FoundImage, RefineDetError], None],
-) -> Generator[list[_Decoded]]:
-    """Read pictures ahead and gather them, in order, into groups of ``batch``; large pictures make smaller groups."""
-    group: list[_Decoded] = []
-    held = 0
-    pool = ThreadPoolExecutor(readers)
-    try:
-        for image_id, image, pixels in _read_ahead(images, batch, readers, pool):
-            if isinstance(pixels, RefineDetError):
-                on_failure(image, pixels)
-                continue
-            group.append(_Decoded(image_id, image, pixels))
-            held += pixels.nbytes
-            if len(group) == batch or held >= _HELD_BYTES:
-                yield group
-                group, held = [], 0
-        if group:
-            yield group
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _read_ahead(
-    images: Sequence[tuple[int, FoundImage]], batch: int, readers: int, pool: ThreadPoolExecutor
-) -> Iterator[tuple[int, FoundImage, Pixels | RefineDetError]]:
-    upcoming = iter(images)
-    pending: deque[tuple[int, FoundImage, Future[Pixels | RefineDetError]]] = deque()
-    largest = 0
-    while True:
-        # How large pictures are is known when the first are there; until then only a few are read.
-        ahead = max(readers, min(batch + readers, _HELD_BYTES // largest)) if largest else readers
-        for image_id, image in islice(upcoming, max(0, ahead - len(pending))):
-            pending.append((image_id, image, pool.submit(_read, image.path)))
-        if not pending:
-            return
-        image_id, image, future = pending.popleft()
-        pixels = future.result()
-        if not isinstance(pixels, RefineDetError):
-            largest = max(largest, pixels.nbytes)
-        yield image_id, image, pixels
-
-
-def _read(path: Path) -> Pixels | RefineDetError:
-    """Decode a picture; what is wrong with it is handed back, for one bad file must not stop the others."""
-    try:
-        return read_image(path)
-    except DataError as error:
-        return error
-
-
-def _write_annotated(target: Path, folder: Path, pixels: Pixels, detections: Detections, classes: Classes) -> Path:
-    if not _inside(target, folder):
-        raise DataError(f"not drawn: {target} is a link that leads out of {folder}", "remove the link")
-    picture = draw_detections(pixels, detections, classes)
-    if target.suffix.lower() != ".png" and max(picture.size) > _JPEG_LONGEST_SIDE:
-        target = target.with_name(f"{target.name}.png")
-    encoded = io.BytesIO()
-    if target.suffix.lower() == ".png":
-        picture.save(encoded, "PNG", compress_level=4)
-    else:
-        # Full colour resolution: lines of one pixel would lose their colour otherwise.
-        picture.save(encoded, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
-    write_whole(target, encoded.getvalue())
-    return target
-
-
-def _inside(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
-
-
-def _make_folder(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file, and the output goes into a folder", "name a folder")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (NotADirectoryError, FileExistsError):
-        raise UsageError(f"{path} cannot be made: a part of it is a file", "name another folder") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be made: {error.strerror}", "name another folder") from error
+def _of_labels(found: Detections, labels: frozenset[int] | None) -> Detections:
+    if labels is None:
+        return found
+    kept = torch.isin(found.labels, torch.tensor(sorted(labels)))
+    return Detections(found.boxes[kept], found.scores[kept], found.labels[kept])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -58,6 +58,20 @@ _MOST_COVERED = 0.25  # of the picture, by tags
 
 Colour = tuple[int, int, int]
 Canvas = NDArray[np.uint8]
+
+
+class Mark(NamedTuple):
+    """A box to draw.
+
+    Attributes:
+        box: xyxy, px-img.
+        colour: of its line and of the plate of its tag.
+        tag: a name, which is cut where room is short, and what follows it in full; None for a box without a tag.
+    """
+
+    box: Sequence[float]
+    colour: Colour
+    tag: tuple[str, str] | None
 
 
 class _Rect(NamedTuple):
@@ -123,18 +137,34 @@ def draw_detections(image: Canvas, detections: Detections, classes: Classes) -> 
     line = max(2.0, 0.6 + 0.0033 * side)
     font_size = max(10.0, 4.5 + 0.016 * side)
 
-    boxes = detections.boxes.detach().cpu().double().numpy()
+    boxes = detections.boxes.detach().cpu().double().tolist()
     scores = [float(score) for score in detections.scores]
-    best_first = sorted(range(len(scores)), key=lambda i: -scores[i])
-    outlines = [_fit_outline(_Rect(*box), line, canvas) for box in boxes]
-    wanted = [_Wanted(_tag_name(classes, labels[i]), f"{scores[i]:.2f}", outlines[i]) for i in best_first]
-    tags = _place_tags(wanted, font_size, canvas)
-
-    for i in reversed(best_first):
-        _draw_outline(canvas, outlines[i], class_colour(labels[i]))
-    for i, tag in zip(reversed(best_first[: len(tags)]), reversed(tags), strict=True):
-        _draw_tag(canvas, tag, class_colour(labels[i]))
+    marks = [
+        Mark(boxes[i], class_colour(labels[i]), (_tag_name(classes, labels[i]), f"{scores[i]:.2f}"))
+        for i in sorted(range(len(scores)), key=lambda i: -scores[i])
+    ]
+    draw_boxes(canvas, marks, line=line, letters=font_size)
     return Image.fromarray(canvas)
+
+
+def draw_boxes(canvas: Canvas, marks: Sequence[Mark], *, line: float, letters: float) -> None:
+    """Draw boxes with their tags into a picture.
+
+    Args:
+        canvas: uint8[H, W, 3], RGB; it is written to.
+        marks: the most important first, which lies on top; in a crowd, the last go without their tags.
+        line: width of the lines, px-img; thinner around small boxes.
+        letters: size of the font, px-img; smaller in a crowd.
+    """
+    outlines = [_fit_outline(_Rect(*mark.box), line, canvas) for mark in marks]
+    tagged = [
+        (mark.colour, _Wanted(*mark.tag, outline)) for mark, outline in zip(marks, outlines, strict=True) if mark.tag
+    ]
+    tags = _place_tags([wanted for _, wanted in tagged], letters, canvas)
+    for mark, outline in reversed(list(zip(marks, outlines, strict=True))):
+        _draw_outline(canvas, outline, mark.colour)
+    for (colour, _), tag in reversed(list(zip(tagged, tags, strict=False))):
+        _draw_tag(canvas, tag, colour)
 
 
 def class_colour(label: int) -> Colour:
@@ -162,6 +192,23 @@ def text_colour(plate: Colour) -> Colour:
 def undrawable_names(classes: Classes) -> tuple[str, ...]:
     """The class names that no font here has letters for; their tags show ``#`` and the category id instead."""
     return tuple(name for name in classes.names if _font_file(_one_line(name)) is None)
+
+
+def built_in_font(size: int) -> ImageFont.FreeTypeFont:
+    """Load Pillow's own font, which is the same on every machine and has ASCII letters and little more.
+
+    Args:
+        size: px.
+
+    Raises:
+        RefineDetError: Pillow was built without FreeType.
+    """
+    font = ImageFont.load_default(size)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise RefineDetError(
+            "this build of Pillow has no FreeType, which draws the letters", "install Pillow from PyPI, or do not draw"
+        )
+    return font
 
 
 def _one_line(name: str) -> str:
@@ -199,20 +246,11 @@ def _wide_font_files() -> Iterator[str]:
 @lru_cache(maxsize=64)
 def _font(file: str, size: int) -> ImageFont.FreeTypeFont | None:
     if file == _BUILT_IN:
-        return _built_in_font(size)
+        return built_in_font(size)
     try:
         return ImageFont.truetype(file, size)
     except OSError:
         return None
-
-
-def _built_in_font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise RefineDetError(
-            "this build of Pillow has no FreeType, which draws the letters", "install Pillow from PyPI, or do not draw"
-        )
-    return font
 
 
 def _covers(font: ImageFont.FreeTypeFont, text: str) -> bool:
@@ -347,7 +385,7 @@ def _place_tags(wanted: list[_Wanted], font_size: float, canvas: Canvas) -> list
 
 def _make_tag(wanted: _Wanted, size: int, picture_width: int) -> _Tag:
     """Measure a tag; a name that would cross most of the picture is cut."""
-    font = _font(_font_file(wanted.name) or _BUILT_IN, _FINER * size) or _built_in_font(_FINER * size)
+    font = _font(_font_file(wanted.name) or _BUILT_IN, _FINER * size) or built_in_font(_FINER * size)
     indent = max(2, round(0.32 * size))
     room = _FINER * max(1, min(picture_width, max(0.5 * picture_width, 12 * size)) - 2 * indent)
     text = f"{wanted.name} {wanted.score}"

@@ -23,6 +23,7 @@ from refinedet_cli.core.multi_scale import (
     within_limits,
 )
 from refinedet_cli.core.structures import Detections
+from refinedet_cli.core.words import counted
 from refinedet_cli.engine.device import Precision
 from refinedet_cli.engine.predict import AnyPredictor, Predictor, picture_sizes
 from refinedet_cli.errors import ConfigError
@@ -155,7 +156,7 @@ def make_predictor(
 
 def describe_passes(schedule: ScaleSchedule) -> str:
     """List the passes of a schedule in one line, their sizes in px-in."""
-    count = f"{schedule.count} pass{'' if schedule.count == 1 else 'es'} a picture"
+    count = f"{counted(schedule.count, 'pass', 'passes')} a picture"
     sizes = [f"{p.size}" + (f" x {p.short_side}" if p.short_side else "") for p in schedule.passes]
     mirrors = [p.mirror for p in schedule.passes]
     if all(mirrors):
@@ -191,7 +192,7 @@ def remark_on_limits(predictor: AnyPredictor, sizes: Iterable[tuple[int, int]]) 
     if not large:
         return None
     return (
-        f"{large:,} picture{' has' if large == 1 else 's have'} a side above {_LARGE_SIDE:,} px: the box limits of "
+        f"{counted(large, 'picture has', 'pictures have')} a side above {_LARGE_SIDE:,} px: the box limits of "
         f"{schedule.name} are for pictures of about 500 px, so its large passes add little there; with picture_side = "
         "500, a schedule of your own makes them grow with the picture"
     )

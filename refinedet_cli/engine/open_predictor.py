@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from refinedet_cli.core.config import PostprocessConfig
+from refinedet_cli.core.tiling import Tiling
+from refinedet_cli.engine.artefact import ArtefactPredictor, is_artefact, open_artefact
 from refinedet_cli.engine.device import PrecisionName, select_precision
 from refinedet_cli.engine.evaluate import with_postprocess
 from refinedet_cli.engine.multi_scale import make_predictor
 from refinedet_cli.engine.predict import AnyPredictor
+from refinedet_cli.engine.tiling import with_tiles
+from refinedet_cli.errors import UsageError
 from refinedet_cli.zoo.checkpoint import load_detector
 from refinedet_cli.zoo.hub import resolve_weights
+
+
+def _refuse_for_artefact(path: Path, given: dict[str, object]) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise UsageError(
+                f"--{option} does not go with {path.name}: an exported file computes as it was exported",
+                f"leave --{option} out, or use the checkpoint",
+            )
 
 
 def open_predictor(
@@ -20,6 +35,8 @@ def open_predictor(
     precision: PrecisionName | None,
     multi_scale: str | None = None,
     postprocess: PostprocessConfig | None = None,
+    tiles: Tiling | None = None,
+    batch: int | None = None,
 ) -> AnyPredictor:
     """Find weights and make them ready.
 
@@ -29,13 +46,21 @@ def open_predictor(
         precision: of the network; None is fp32.
         multi_scale: a schedule's name or file; None looks at each picture once.
         postprocess: in place of the detector's own.
+        tiles: how to cut larger pictures; None looks at them as a whole.
+        batch: tiles computed together; None fits the device.
 
     Raises:
         CheckpointError: there are no such weights, or they cannot be used.
         ConfigError: the schedule does not exist or is not valid.
+        UsageError: an exported file cannot do what is asked.
     """
-    loaded = load_detector(resolve_weights(weights))
+    path = resolve_weights(weights)
+    if is_artefact(path):
+        _refuse_for_artefact(path, {"precision": precision, "multi-scale": multi_scale, "postprocess": postprocess})
+        return with_tiles(ArtefactPredictor(open_artefact(path, device=device), device), tiles, batch)
+    loaded = load_detector(path)
     if postprocess is not None:
         loaded = with_postprocess(loaded, postprocess)
     chosen = select_precision(precision or "fp32", device)
-    return make_predictor(loaded, device=device, precision=chosen, multi_scale=multi_scale)
+    predictor = make_predictor(loaded, device=device, precision=chosen, multi_scale=multi_scale)
+    return with_tiles(predictor, tiles, batch)

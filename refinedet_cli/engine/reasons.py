@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from refinedet_cli.core.words import counted
 from refinedet_cli.metrics.coco import PictureDetections, PictureTruth
 from refinedet_cli.metrics.curves import (
     CalibrationBin,
@@ -179,7 +180,7 @@ def _weak_classes(reasons: Reasons) -> Iterator[str]:
     weak = [c for c in present if (c.average_precision or 0) < 0.1]
     if weak:
         named = [
-            f"{reasons.names[c.label - 1]} ({c.objects:,} object{'' if c.objects == 1 else 's'})"
+            f"{reasons.names[c.label - 1]} ({counted(c.objects, 'object')})"
             for c in sorted(weak, key=lambda c: -c.objects)
         ]
         listed = ", ".join(named[:5]) + (f" and {len(named) - 5} more" if len(named) > 5 else "")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import PIL
@@ -18,10 +19,12 @@ from refinedet_cli import __version__
 from refinedet_cli.core.config import Classes, to_dict
 from refinedet_cli.core.multi_scale import ScaleSchedule
 from refinedet_cli.core.structures import Detections
-from refinedet_cli.data.files import write_json
+from refinedet_cli.core.tiling import Tiling
+from refinedet_cli.data.files import whole_file
 from refinedet_cli.data.images import open_regular
 from refinedet_cli.data.json_entries import category_names, get, is_number, list_of, shown, whole
 from refinedet_cli.engine.predict import AnyPredictor
+from refinedet_cli.engine.tiling import tiling_of
 from refinedet_cli.errors import DataError
 from refinedet_cli.zoo.checkpoint import file_sha256
 
@@ -46,6 +49,8 @@ class Origin:
         decoder: what turned files into pixels.
         score_threshold: detections below it were left out.
         multi_scale: the passes over each picture and their voting; None where it was looked at once.
+        tiles: how larger pictures were cut; None where they were not.
+        only_classes: all others were left out; None where none was.
     """
 
     weights: str
@@ -56,6 +61,8 @@ class Origin:
     decoder: str
     score_threshold: float
     multi_scale: ScaleSchedule | None = None
+    tiles: Tiling | None = None
+    only_classes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,19 +83,43 @@ class PictureResult:
     detections: Detections
 
 
+class Row(NamedTuple):
+    """One detection, rounded as it is written: ``bbox`` is left, top, width, height, px-img."""
+
+    bbox: list[float]
+    score: float
+    category_id: int
+
+
 @dataclass(frozen=True)
-class Failure:
-    """A picture that could not be read, or whose annotated copy could not be written.
+class PictureRecord:
+    """What a run has to say of one picture.
 
     Attributes:
+        image_id: unique among the pictures.
         path: the file it comes from.
-        file_name: its relative name among the pictures of the run.
-        reason: what is wrong and how to mend it, in one line.
+        file_name: its relative name among the pictures of the run, with forward slashes.
+        width, height: as it is seen, px-img; 0 where it could not be read.
+        rows: what was found, best first.
+        annotated: the drawn copy; None where none was asked for or it could not be written.
+        crops: the objects cut out, in the order of ``rows``.
+        problem: why it could not be read, or something of it not be written, and how to mend it, in one line.
     """
 
+    image_id: int
     path: Path
     file_name: str
-    reason: str
+    width: int
+    height: int
+    rows: tuple[Row, ...] = ()
+    annotated: Path | None = None
+    crops: tuple[Path, ...] = ()
+    problem: str | None = None
+
+    @property
+    def was_read(self) -> bool:
+        """Whether there were pixels to look at."""
+        return self.width > 0
 
 
 @dataclass(frozen=True)
@@ -109,7 +140,9 @@ class ClassCount:
     best_score: float
 
 
-def origin_of(predictor: AnyPredictor, *, score_threshold: float) -> Origin:
+def origin_of(
+    predictor: AnyPredictor, *, score_threshold: float, only_classes: tuple[str, ...] | None = None
+) -> Origin:
     """Describe a detector as it is used, hashing its weights file."""
     return Origin(
         weights=predictor.path.name,
@@ -120,144 +153,164 @@ def origin_of(predictor: AnyPredictor, *, score_threshold: float) -> Origin:
         decoder=f"Pillow {PIL.__version__}, full size",
         score_threshold=score_threshold,
         multi_scale=predictor.schedule,
+        tiles=tiling_of(predictor),
+        only_classes=only_classes,
     )
 
 
-def count_classes(pictures: Iterable[PictureResult], classes: Classes) -> tuple[ClassCount, ...]:
-    """Count what was found, for the classes that were found at all.
+class ClassTally:
+    """Counts what was found, picture by picture."""
 
-    Returns:
-        the most frequent class first, in the detector's order where two are equal; the objects add up to all
-        detections.
-    """
-    in_pictures: dict[int, int] = {}
-    scores: dict[int, list[float]] = {}
-    for picture in pictures:
-        labels = picture.detections.labels.tolist()
-        for label in set(labels):
-            in_pictures[label] = in_pictures.get(label, 0) + 1
-        for label, score in zip(labels, picture.detections.scores.tolist(), strict=True):
-            scores.setdefault(label, []).append(score)
-    return tuple(
-        ClassCount(
-            name=classes.names[label - 1],
-            category_id=classes.category_ids[label - 1],
-            pictures=in_pictures[label],
-            objects=len(scores[label]),
-            best_score=rounded_score(max(scores[label])),
-        )
-        for label in sorted(scores, key=lambda label: (-len(scores[label]), label))
-    )
+    def __init__(self, classes: Classes) -> None:
+        self._classes = classes
+        self._pictures: Counter[int] = Counter()
+        self._objects: Counter[int] = Counter()
+        self._best: dict[int, float] = {}
 
+    def add(self, rows: Sequence[Row]) -> None:
+        """Count the detections of one picture."""
+        self._pictures.update({row.category_id for row in rows})
+        self._objects.update(row.category_id for row in rows)
+        for row in rows:
+            self._best[row.category_id] = max(row.score, self._best.get(row.category_id, 0.0))
 
-def results_document(
-    pictures: Iterable[PictureResult],
-    classes: Classes,
-    origin: Origin,
-    *,
-    failures: Sequence[Failure] = (),
-    complete: bool = True,
-) -> dict[str, Any]:
-    """Build the document that `write_results` writes.
+    def counts(self) -> tuple[ClassCount, ...]:
+        """Sum up, for the classes that were found at all.
 
-    Args:
-        pictures: in the order in which they and their annotations are listed.
-        classes: every class becomes a category, found or not.
-        origin: goes into ``info`` with the version of this tool.
-        failures: pictures that are missing, or not drawn, and why.
-        complete: whether the run went through to its end.
-
-    Returns:
-        a COCO data set. It depends on nothing but the arguments: annotation ids count from 1, and no date is written.
-        Boxes stay inside their pictures when rounded.
-    """
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for picture in pictures:
-        images.append(
-            {
-                "id": picture.image_id,
-                "file_name": picture.file_name,
-                "width": picture.width,
-                "height": picture.height,
-            }
-        )
-        for bbox, score, category_id in detection_rows(picture.detections, classes):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": picture.image_id,
-                    "category_id": category_id,
-                    "bbox": bbox,
-                    "area": round(bbox[2] * bbox[3], _BOX_DECIMALS),
-                    "iscrowd": 0,
-                    "score": score,
-                }
-            )
-    return {
-        "info": {
-            "description": "Objects found by refinedet",
-            "version": __version__,
-            "weights": origin.weights,
-            "sha256": origin.sha256,
-            "preset": origin.preset,
-            "engine": origin.engine,
-            "precision": origin.precision,
-            "decoder": origin.decoder,
-            "score_threshold": origin.score_threshold,
-            "multi_scale": None if origin.multi_scale is None else to_dict(origin.multi_scale),
-            "complete": complete,
-            "failures": [{"file_name": f.file_name, "reason": f.reason} for f in failures],
-        },
-        "images": images,
-        "categories": [
-            {"id": category_id, "name": name}
-            for category_id, name in zip(classes.category_ids, classes.names, strict=True)
-        ],
-        "annotations": annotations,
-    }
+        Returns:
+            the most frequent class first, in the detector's order where two are equal; the objects add up to all
+            detections.
+        """
+        named = zip(self._classes.names, self._classes.category_ids, strict=True)
+        counts = [
+            ClassCount(name, i, self._pictures[i], self._objects[i], self._best[i])
+            for name, i in named
+            if i in self._objects
+        ]
+        return tuple(sorted(counts, key=lambda count: -count.objects))
 
 
 def write_results(
-    path: Path,
-    pictures: Iterable[PictureResult],
-    classes: Classes,
-    origin: Origin,
-    *,
-    failures: Sequence[Failure] = (),
-    complete: bool = True,
+    path: Path, pictures: Iterable[PictureResult], classes: Classes, origin: Origin, *, complete: bool = True
 ) -> None:
-    """Write a COCO data set with scores; the arguments are those of `results_document`.
+    """Write what was found as a COCO data set with scores: `write_records` for detections in memory.
 
     Raises:
         DataError: the file cannot be written; what was there before is untouched.
     """
-    write_json(path, results_document(pictures, classes, origin, failures=failures, complete=complete))
+    records = [
+        PictureRecord(
+            p.image_id, Path(p.file_name), p.file_name, p.width, p.height, tuple(detection_rows(p.detections, classes))
+        )
+        for p in pictures
+    ]
+    write_records(path, records, classes, origin, complete=complete)
 
 
-def detection_rows(detections: Detections, classes: Classes) -> list[tuple[list[float], float, int]]:
-    """Turn detections into plain (bbox, score, category id) rows, rounded as they are written.
+def write_records(
+    path: Path, records: Iterable[PictureRecord], classes: Classes, origin: Origin, *, complete: bool = True
+) -> None:
+    """Write a COCO data set with scores, one entry after the other, so that it need not fit into memory.
 
-    Returns:
-        N rows; ``bbox`` is left, top, width, height, px-img.
+    It depends on nothing but the arguments: annotation ids count from 1, and no date is written. Boxes stay inside
+    their pictures when rounded.
+
+    Args:
+        path: the file to write or replace.
+        records: in the order in which they and their annotations are listed; gone through three times. Those with a
+            problem are listed in ``info``.
+        classes: every class becomes a category, found or not.
+        origin: goes into ``info`` with the version of this tool.
+        complete: whether the run went through to its end.
+
+    Raises:
+        DataError: the file cannot be written; what was there before is untouched.
     """
+    info = {
+        "description": "Objects found by refinedet",
+        "version": __version__,
+        **to_dict(origin),
+        "complete": complete,
+    }
+    categories = [
+        {"id": category_id, "name": name} for category_id, name in zip(classes.category_ids, classes.names, strict=True)
+    ]
+    with whole_file(path) as file:
+        file.write(b'{"info": ' + _json(info)[:-1] + b', "failures": ')
+        _write_list(file, ({"file_name": r.file_name, "reason": r.problem} for r in records if r.problem is not None))
+        file.write(b'}, "images": ')
+        _write_list(
+            file,
+            (
+                {"id": r.image_id, "file_name": r.file_name, "width": r.width, "height": r.height}
+                for r in records
+                if r.was_read
+            ),
+        )
+        file.write(b', "categories": ' + _json(categories) + b', "annotations": ')
+        _write_list(file, _annotations(records))
+        file.write(b"}\n")
+
+
+def write_results_list(path: Path, records: Iterable[PictureRecord]) -> None:
+    """Write the list of results that COCO's tools exchange.
+
+    Raises:
+        DataError: the file cannot be written; what was there before is untouched.
+    """
+    with whole_file(path) as file:
+        _write_list(
+            file, ({"image_id": record.image_id, **row_document(row)} for record in records for row in record.rows)
+        )
+        file.write(b"\n")
+
+
+def row_document(row: Row) -> dict[str, Any]:
+    """Give a detection the names that COCO has for its parts."""
+    return {"category_id": row.category_id, "bbox": row.bbox, "score": row.score}
+
+
+def _annotations(records: Iterable[PictureRecord]) -> Iterator[dict[str, Any]]:
+    identity = 0
+    for record in records:
+        for row in record.rows:
+            identity += 1
+            yield {
+                "id": identity,
+                "image_id": record.image_id,
+                "category_id": row.category_id,
+                "bbox": row.bbox,
+                "area": round(row.bbox[2] * row.bbox[3], _BOX_DECIMALS),
+                "iscrowd": 0,
+                "score": row.score,
+            }
+
+
+def _write_list(file: BinaryIO, entries: Iterable[dict[str, Any]]) -> None:
+    file.write(b"[")
+    for index, entry in enumerate(entries):
+        file.write((b", " if index else b"") + _json(entry))
+    file.write(b"]")
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, allow_nan=False).encode()
+
+
+def detection_rows(detections: Detections, classes: Classes) -> list[Row]:
+    """Turn N detections into N rows, rounded as they are written."""
     # Edges are rounded before sizes are taken, so that right = left + width is never beyond the picture.
     edges = [[round(v, _BOX_DECIMALS) for v in box] for box in detections.boxes.tolist()]
     return [
-        (
+        Row(
             [left, top, round(right - left, _BOX_DECIMALS), round(bottom - top, _BOX_DECIMALS)],
-            rounded_score(score),
+            round(score, _SCORE_DECIMALS),
             classes.category_ids[label - 1],
         )
         for (left, top, right, bottom), score, label in zip(
             edges, detections.scores.tolist(), detections.labels.tolist(), strict=True
         )
     ]
-
-
-def rounded_score(score: float) -> float:
-    """Round a score to the decimals that are written."""
-    return round(score, _SCORE_DECIMALS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,7 +347,7 @@ class SavedDetections:
 
 
 def read_results(path: Path) -> SavedDetections:
-    """Read saved detections: a file as `write_results` writes it, or a list of COCO results.
+    """Read saved detections: a file as `write_records` writes it, or a list of COCO results.
 
     Raises:
         DataError: the file cannot be read, or an entry is not what it should be; names the file, the entry and the

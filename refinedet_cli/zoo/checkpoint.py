@@ -23,6 +23,8 @@ from refinedet_cli.errors import CheckpointError, ConfigError
 
 FORMAT = "refinedet"
 FORMAT_VERSION = 1
+# Of files that `refinedet export` writes.
+EXPORTED_SUFFIXES = (".onnx", ".xml", ".pt2")
 
 Header = dict[str, Any]
 # Each entry turns a header and its tensors of that version into the next version's.
@@ -144,6 +146,10 @@ def file_sha256(path: Path) -> str:
 def _read(path: Path, *, tensors: bool) -> tuple[Header, dict[str, Tensor]]:
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file", "name a .safetensors file that `refinedet train` wrote")
+    if path.suffix.lower() in EXPORTED_SUFFIXES:
+        raise CheckpointError(
+            f"{path}: an exported file, which can only detect", "name the .safetensors file that it was made from"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -1,32 +1,31 @@
-"""From what a user calls weights to a file: bundled weights by name, a path, or a file on the Hugging Face Hub.
-
-The Hub is reached through its own client alone, so that its cache, HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE
-mean here what they mean everywhere.
-"""
+"""From what a user calls weights to a file: a path, bundled weights by name, or a file on the Hugging Face Hub."""
 
 from __future__ import annotations
 
-import errno
-import os
 import re
-import shutil
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from refinedet_cli.core.presets import DEFAULT_PRESET
 from refinedet_cli.errors import CheckpointError
+from refinedet_cli.zoo.checkpoint import file_sha256
+from refinedet_cli.zoo.hub_client import MissingFileError, bar_of, check_space, client
 
 DEFAULT_WEIGHTS = DEFAULT_PRESET
+# What a repository is asked for where no file is named. One name, not "the only file there is": what a name means must
+# not change when somebody adds a file, nor differ between the Hub and what the cache has of it.
+HUB_FILE = "model.safetensors"
+CARD_FILE = "README.md"
+# What `refinedet train` leaves in a run's folder, the better first.
+_RUN_FILES = ("best.safetensors", "last.safetensors")
 _HUB_NAME = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@:\s]+))?(:(?P<file>[^:\\]+))?", re.ASCII
 )
-# Read by the client at every call. Its telemetry is more requests and more about the machine in each; the Xet protocol
-# keeps threads and a second cache, which a process that forks its data loaders is better off without.
-_CLIENT_SETTINGS = {"HF_HUB_DISABLE_TELEMETRY": True, "HF_HUB_DISABLE_XET": True}
+_FILE_SUFFIXES = {".safetensors", ".pth", ".pt", ".pt2", ".bin", ".ckpt", ".tar", ".onnx", ".xml", ".toml", ".json"}
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -75,29 +74,72 @@ def read_manifest() -> dict[str, dict[str, Any]]:
 
 
 def resolve_weights(name: str | None) -> Path:
-    """Find weights.
+    """Find weights: on this disk first, and on the Hub only where nothing here has that name.
 
     Args:
-        name: a path to a file, the name of bundled weights, or None for the default ones.
+        name: in this order, a path to a file, of whatever format; the name of bundled weights; a folder, which stands
+            for its best.safetensors, else its last.safetensors, else its only .safetensors file; or
+            ``org/repo[@revision][:file]`` on the Hub, where the file is ``model.safetensors`` unless it is named. None
+            stands for the default bundled weights.
 
     Returns:
-        The path of an existing file; a path on disk wins over a bundled name.
+        The path of an existing file. Of the Hub it is a .safetensors file in the client's cache: nothing that could run
+        code is ever downloaded.
 
     Raises:
-        CheckpointError: there is no such file and nothing is bundled under that name.
+        CheckpointError: there is nothing of that name, or it cannot be had.
     """
     wanted = name if name is not None else DEFAULT_WEIGHTS
     path = Path(wanted)
     if path.is_file():
         return path
     manifest = read_manifest()
-    if wanted not in manifest:
-        what = "is a folder, not a file" if path.is_dir() else "is neither a file nor the name of bundled weights"
-        raise CheckpointError(f"weights {wanted!r}: {what}", f"bundled are: {', '.join(manifest)}")
-    bundled: Path = weights_folder() / manifest[wanted]["file"]
-    if not bundled.is_file():
-        raise CheckpointError(f"the bundled weights {wanted!r} are missing at {bundled}", "reinstall refinedet")
-    return bundled
+    if wanted in manifest:
+        bundled: Path = weights_folder() / manifest[wanted]["file"]
+        if not bundled.is_file():
+            raise CheckpointError(f"the bundled weights {wanted!r} are missing at {bundled}", "reinstall refinedet")
+        return bundled
+    if wanted and path.is_dir():
+        return _in_folder(wanted, path)
+    return fetch_weights(_hub_place(wanted, path, manifest)).path
+
+
+def _in_folder(wanted: str, folder: Path) -> Path:
+    """Find the weights in a folder, such as that of a run."""
+    for file in _RUN_FILES:
+        if (folder / file).is_file():
+            return folder / file
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return folder / found[0]
+    if not found:
+        raise CheckpointError(
+            f"weights {wanted!r}: the folder holds no .safetensors file", "name the folder of a run, or a file"
+        )
+    raise CheckpointError(
+        f"weights {wanted!r}: the folder holds {len(found)} .safetensors files, and none is best or last",
+        f"name one of them: {_some(found)}",
+    )
+
+
+def _hub_place(wanted: str, path: Path, manifest: dict[str, Any]) -> HubName:
+    """Read a name as one of the Hub; a slip in a path must not reach the network."""
+    place = parse_hub_name(wanted)
+    if place is None or (place.file is None and path.suffix in _FILE_SUFFIXES):
+        raise CheckpointError(
+            f"weights {wanted!r}: there is no such file, folder or bundled model",
+            f"bundled: {', '.join(manifest)}; on the Hugging Face Hub: org/repo, org/repo@revision, org/repo:file",
+        )
+    if wanted == place.repo and path.parent.is_dir():
+        raise CheckpointError(
+            f"weights {wanted!r}: the folder {path.parent} has no {path.name!r}",
+            f"check the path; for a repository on the Hugging Face Hub write {wanted}@main",
+        )
+    return place
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def parse_hub_name(text: str) -> HubName | None:
@@ -106,6 +148,36 @@ def parse_hub_name(text: str) -> HubName | None:
     if match is None or ".." in text or "--" in match["repo"]:
         return None
     return HubName(match["repo"], match["revision"], match["file"])
+
+
+def fetch_weights(place: HubName) -> HubFile:
+    """Find weights of the Hub in the cache, or download them into it.
+
+    Raises:
+        CheckpointError: the file is not a .safetensors file by its name, or cannot be had.
+    """
+    file = place.file or HUB_FILE
+    if not file.endswith(".safetensors"):
+        raise CheckpointError(
+            f"{place.repo}:{file} is not a .safetensors file; no other weights are downloaded, for they could run code",
+            "name a .safetensors file of the repository",
+        )
+    try:
+        return fetch(place.repo, file, place.revision)
+    except MissingFileError as error:
+        found = _safetensors_in(place)
+        cure = f"name one that it has: {_some([f'{place.repo}:{name}' for name in found])}" if found else error.hint
+        raise MissingFileError(error.message, cure) from None
+
+
+def _safetensors_in(place: HubName) -> list[str]:
+    """List the .safetensors files of a repository; none where it cannot be asked."""
+    from huggingface_hub import HfApi
+
+    with suppress(CheckpointError), client(place.repo, "the list of files", place.revision):
+        listed = HfApi().list_repo_files(place.repo, revision=place.revision)
+        return sorted(name for name in listed if name.endswith(".safetensors"))
+    return []
 
 
 def fetch(repo: str, file: str, revision: str | None = None) -> HubFile:
@@ -117,20 +189,26 @@ def fetch(repo: str, file: str, revision: str | None = None) -> HubFile:
         revision: branch, tag or commit; None is the main branch.
 
     Returns:
-        `HubFile`. What the cache has of this revision is taken without asking the network.
+        `HubFile`. What the cache has of this revision is taken without asking the network; what was downloaded has the
+        SHA-256 that the Hub gives for it, where it gives one.
 
     Raises:
         CheckpointError: it is not cached and cannot be had; the hint says what would help.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-    with _client(repo, file, revision):
+    with client(repo, file, revision):
         path = try_to_load_from_cache(repo, file, revision=revision)
-        if not isinstance(path, str):
-            # Asked first and once: the download alone retries for half a minute before it says what is wrong.
-            _check_space(repo, file, get_hf_file_metadata(hf_hub_url(repo, file, revision=revision)).size)
-            path = hf_hub_download(repo, file, revision=revision)
-    return _hub_file(path, repo, file)
+        if isinstance(path, str):
+            return _hub_file(path, repo, file)
+        # Asked first and once: the download alone retries for half a minute before it says what is wrong.
+        known = get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))
+        check_space(repo, file, known.size)
+        path = hf_hub_download(repo, file, revision=revision, tqdm_class=bar_of(file))
+        found = _hub_file(path, repo, file)
+    if found.commit == known.commit_hash:  # else somebody has just changed it
+        _check_content(found, known.etag)
+    return found
 
 
 def fetch_optional(repo: str, file: str, revision: str | None = None) -> HubFile | None:
@@ -142,122 +220,81 @@ def fetch_optional(repo: str, file: str, revision: str | None = None) -> HubFile
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    with _client(repo, file, revision):
+    with client(repo, file, revision):
         path = try_to_load_from_cache(repo, file, revision=revision)
         if path is None:
             with suppress(RemoteEntryNotFoundError):
                 get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))
             try:
-                path = hf_hub_download(repo, file, revision=revision)
+                path = hf_hub_download(repo, file, revision=revision, tqdm_class=bar_of(file))
             except RemoteEntryNotFoundError:
                 return None
     return _hub_file(path, repo, file) if isinstance(path, str) else None
+
+
+def pull(name: str) -> Path:
+    """Find weights as `resolve_weights` does, and make sure of those of the Hub.
+
+    Returns:
+        The path of an existing file. What the cache has is compared with its SHA-256, and downloaded again where it
+        differs; the repository's card lies beside it, if it has one, for its licence.
+
+    Raises:
+        CheckpointError: as `resolve_weights`.
+    """
+    path = resolve_weights(name)
+    place = parse_hub_name(name)
+    if place is None or not path.is_relative_to(_cache()):
+        return path
+    found = fetch_weights(place)
+    if not _is_intact(found):
+        _forget(found)
+        found = fetch_weights(place)
+    with suppress(CheckpointError):
+        fetch_optional(place.repo, CARD_FILE, found.commit)
+    return found.path
+
+
+def _cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _is_intact(file: HubFile) -> bool:
+    """Tell whether a cached file is still what was downloaded; True too where the cache does not know what that was."""
+    content = file.path.resolve()
+    return _SHA256.fullmatch(content.name) is None or file_sha256(content) == content.name
+
+
+def _forget(file: HubFile) -> None:
+    """Take a file out of the cache, so that the next `fetch` downloads it.
+
+    Raises:
+        CheckpointError: it may not be deleted.
+    """
+    # The cache keeps the content under another name, and a link to it for each commit.
+    try:
+        file.path.resolve().unlink(missing_ok=True)
+        file.path.unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file.path} is damaged and cannot be deleted ({error.strerror})", "delete it yourself"
+        ) from None
+
+
+def _check_content(file: HubFile, etag: str | None) -> None:
+    """Compare what was downloaded with what the Hub says it is; the client compares sizes alone."""
+    if etag is None or _SHA256.fullmatch(etag) is None or file_sha256(file.path) == etag:
+        return
+    _forget(file)
+    raise CheckpointError(
+        f"{file.repo}: {file.file} arrived damaged: its SHA-256 is not the one that the Hub states",
+        "run the command again; if it stays so, a proxy or mirror (HF_ENDPOINT) changes files",
+    )
 
 
 def _hub_file(path: str, repo: str, file: str) -> HubFile:
     # The cache keeps a file as snapshots/COMMIT/FILE, and the file may lie in folders of its own.
     commit = Path(path).parents[len(PurePosixPath(file).parts) - 1].name
     return HubFile(path=Path(path), repo=repo, file=file, commit=commit)
-
-
-@contextmanager
-def _client(repo: str, file: str, revision: str | None) -> Iterator[None]:
-    """Set the client as we want it for a call, and turn its errors into ours."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
-
-    before = {name: getattr(constants, name) for name in _CLIENT_SETTINGS}
-    try:
-        for name, value in _CLIENT_SETTINGS.items():
-            setattr(constants, name, value)
-        yield
-    # HTTPError is that of the client's own HTTP library, which differs between its versions.
-    except (HTTPError, EntryNotFoundError, OSError) as error:
-        place = repo if revision is None else f"{repo}@{revision}"
-        # "Neither on the Hub nor in the cache" hides what went wrong on the Hub.
-        hidden = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
-        reason = hidden if isinstance(hidden, Exception) else error
-        raise _refusal(reason, place, file) or _failure(reason, place, file) from None
-    finally:
-        for name, value in before.items():
-            setattr(constants, name, value)
-
-
-def _refusal(error: Exception, place: str, file: str) -> CheckpointError | None:
-    """Explain what the Hub answered; None if the error is something else."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        RemoteEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    page = f"{constants.ENDPOINT}/{place.partition('@')[0]}"
-    login = "log in with `hf auth login` or set HF_TOKEN"
-    if isinstance(error, GatedRepoError):
-        return CheckpointError(f"{place}: its owner grants access on request", f"ask for it at {page}, then {login}")
-    if isinstance(error, RepositoryNotFoundError):
-        return CheckpointError(
-            f"{place}: the Hub has no such repository, or it is private", f"check the name; if it is private, {login}"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return CheckpointError(f"{place}: the repository has no such revision", f"see {page}/commits/main")
-    if isinstance(error, RemoteEntryNotFoundError):
-        return CheckpointError(
-            f"{place}: the repository has no file {file!r}", f"see {page}/tree/main; name one of its files as REPO:FILE"
-        )
-    if not isinstance(error, HfHubHTTPError):
-        return None
-    status = error.response.status_code
-    if status in (401, 403):
-        return CheckpointError(
-            f"{place}: the Hub refuses access ({status})", f"{login}; a token that has expired is refused too"
-        )
-    return CheckpointError(f"{place}: the Hub answered {status}", "try again later")
-
-
-def _failure(error: Exception, place: str, file: str) -> CheckpointError:
-    """Explain why there was no answer, or why it could not be kept."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import FileMetadataError, HTTPError  # type: ignore[attr-defined]
-
-    cache = constants.HF_HUB_CACHE
-    if constants.HF_HUB_OFFLINE:
-        return CheckpointError(
-            f"{place}: {file} is not in the cache ({cache}), and HF_HUB_OFFLINE forbids the network",
-            "unset HF_HUB_OFFLINE, or copy the cache from a machine that has the file",
-        )
-    if isinstance(error, FileMetadataError):
-        return CheckpointError(
-            f"{place}: {constants.ENDPOINT} does not answer as a Hub", "check HF_ENDPOINT, the proxy and the firewall"
-        )
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    if isinstance(error, HTTPError):
-        return CheckpointError(
-            f"{place}: {file} is not in the cache, and the connection to {constants.ENDPOINT} failed ({reason})",
-            "check the network and the proxy, or get the file elsewhere and name it by its path",
-        )
-    number = getattr(error, "errno", None)
-    if number is None:
-        return CheckpointError(f"{place}: {file} arrived incomplete ({reason})", "run the command again")
-    cure = "free some space" if errno.errorcode.get(number) in ("ENOSPC", "EDQUOT") else "make it writable"
-    return CheckpointError(
-        f"{place}: {file} cannot be stored in {cache} ({os.strerror(number)})",
-        f"{cure}, or set HF_HOME to another folder",
-    )
-
-
-def _check_space(repo: str, file: str, size: int | None) -> None:
-    """Refuse a download that the disk has no room for."""
-    from huggingface_hub import constants
-
-    cache = Path(constants.HF_HUB_CACHE).absolute()
-    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    free = shutil.disk_usage(there).free
-    if size is not None and size > free:
-        raise CheckpointError(
-            f"{repo}: {file} takes {size / 1e6:,.0f} MB, and {cache} has {free / 1e6:,.0f} MB free",
-            "free some space, or set HF_HOME to a folder on another disk",
-        )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,14 +15,9 @@ from refinedet_cli.core.anchor_coverage import ObjectSet
 
 
 @pytest.fixture
-def anchors(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def anchors(load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with a small sample."""
-    spec = importlib.util.spec_from_file_location("anchors_benchmark", root / "benchmarks" / "anchors.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "anchors_benchmark", module)
-    spec.loader.exec_module(module)
+    module = load_script("benchmarks/anchors.py")
     monkeypatch.setattr(anchor_design, "_COPIES", 2)
     return module
 

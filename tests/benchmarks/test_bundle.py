@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import tomllib
 from dataclasses import replace
@@ -21,11 +20,8 @@ CLASSES = Classes(names=("cat", "potted plant"), category_ids=(1, 2))
 
 
 @pytest.fixture(scope="module")
-def script(root):
-    spec = importlib.util.spec_from_file_location("bundle", root / "benchmarks" / "bundle.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("benchmarks/bundle.py")
 
 
 def test_a_checkpoint_becomes_a_bundled_file_with_its_entry(script, tmp_path, monkeypatch):

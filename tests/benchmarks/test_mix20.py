@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,15 +36,8 @@ VAL = {
 
 
 @pytest.fixture(scope="module")
-def mix20(root: Path) -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("mix20", root / "benchmarks" / "mix20.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mix20"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["mix20"]
+def mix20(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("benchmarks/mix20.py")
 
 
 def draw(path: Path, size: tuple[int, int]) -> None:

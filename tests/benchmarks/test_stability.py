@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,14 +11,9 @@ import pytest
 
 
 @pytest.fixture
-def stability(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def stability(load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, cut down to one combination."""
-    spec = importlib.util.spec_from_file_location("stability", root / "benchmarks" / "stability.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "stability", module)
-    spec.loader.exec_module(module)
+    module = load_script("benchmarks/stability.py")
     for name, values in {"BATCHES": (4,), "PRECISIONS": ("fp32",), "RATES": (4e-3,), "NORMS": ("frozen",)}.items():
         monkeypatch.setattr(module, name, values)
     return module

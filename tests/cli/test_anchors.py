@@ -70,7 +70,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refinedet_cli.engine.anchor_figures._DPI", 40)
+    monkeypatch.setattr("refinedet_cli.engine.charts.DPI", 40)
 
 
 @pytest.fixture

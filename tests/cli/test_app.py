@@ -6,6 +6,7 @@ import errno
 import inspect
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from refinedet_cli import errors
 from refinedet_cli.cli import app as app_module
 from refinedet_cli.cli.output import Output
 
-COMMANDS = ("anchors", "detect", "eval", "train")
+TOP_LEVEL = ("anchors", "bench", "data", "detect", "eval", "export", "train", "weights")
+COMMANDS = tuple(app_module.all_commands())
 PROBE = "import sys; {}; print(*sorted({{'torch', 'torchvision', 'numpy', 'PIL', 'matplotlib'}} & set(sys.modules)))"
 
 
@@ -183,10 +185,11 @@ def test_without_arguments_the_help_is_shown(run):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command_shows_its_examples(command, run):
-    code, stdout, stderr = run(command, "--help")
+    code, stdout, stderr = run(*command.split(), "--help")
     assert (code, stderr) == (0, "")
     assert f"Usage: refinedet {command}" in stdout
-    assert stdout.count(f" refinedet {command} ") >= 3  # the usage line and two examples
+    calls = re.findall(rf"\brefinedet {command}(?= )", f"{' '.join(stdout.split())} ")
+    assert len(calls) >= 3  # the usage line and two examples
     assert "--json" in stdout
     assert "--quiet" in stdout
 
@@ -211,9 +214,20 @@ def test_help_keeps_brackets_and_fills_its_lines(monkeypatch, run):
 
 
 def _commands():
-    group = typer.main.get_command(app_module.app)
-    assert tuple(sorted(group.commands)) == COMMANDS
-    return group.commands
+    """Every command by the words that call it, those of groups too."""
+    found = {}
+    for name, command in typer.main.get_command(app_module.app).commands.items():
+        inner = getattr(command, "commands", None)
+        found |= {name: command} if inner is None else {f"{name} {word}": entry for word, entry in inner.items()}
+    assert sorted(found) == sorted(COMMANDS)
+    return found
+
+
+def test_the_commands_are_those_that_are_documented(root):
+    groups = typer.main.get_command(app_module.app).commands
+    assert tuple(sorted(groups)) == TOP_LEVEL
+    readme = (root / "README.md").read_text()
+    assert [name for name in COMMANDS if not re.search(rf"\b{name}\b", readme)] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -221,9 +235,10 @@ def test_examples_are_accepted_by_their_command(command):
     lines = [line.replace(r"\[", "[") for line in _commands()[command].epilog.split("\n\n")[1:]]
     assert len(lines) == 2
     for line in lines:
-        program, name, *args = shlex.split(line)
-        assert (program, name) == ("refinedet", command)
-        _commands()[command].make_context(name, args)
+        program, *words = shlex.split(line)
+        name = words[: len(command.split())]
+        assert (program, " ".join(name)) == ("refinedet", command)
+        _commands()[command].make_context(command, words[len(name) :])
 
 
 def test_a_wrong_example_would_be_noticed():
@@ -319,4 +334,4 @@ def test_the_program_leaves_with_the_code():
 def test_shell_completion_offers_commands():
     environment = {**os.environ, "_REFINEDET_COMPLETE": "complete_bash", "COMP_WORDS": "refinedet ", "COMP_CWORD": "1"}
     done = subprocess.run([_refinedet()], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == list(COMMANDS)
+    assert sorted(done.stdout.split()) == list(TOP_LEVEL)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from refinedet_cli.cli import detect as module
 from refinedet_cli.core.config import Classes, DetectorConfig
 from refinedet_cli.core.presets import tiny
 from refinedet_cli.engine import draw, open_predictor
@@ -71,6 +72,7 @@ def test_pictures_become_tables_copies_and_a_document(detect, photos, tmp_path):
         "annotated/two words.png",
         "annotated/über/one.jpg",
         "detections.json",
+        "detections.jsonl",
     ]
 
 
@@ -113,7 +115,7 @@ def test_no_draw_writes_the_document_alone(detect, photos, tmp_path):
     code, _, stderr = detect(photos, "--out", tmp_path / "out", "--no-draw")
     assert code == 0
     assert "annotated" not in stderr
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["detections.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["detections.json", "detections.jsonl"]
 
 
 def test_quiet_leaves_the_result_and_warnings(detect, photos, tmp_path):
@@ -183,12 +185,125 @@ def test_an_empty_list_on_standard_input(detect, monkeypatch):
     assert detect("-").code == 4
 
 
+class Piped:
+    """Standard input as a pipe gives it: bytes."""
+
+    def __init__(self, content: bytes) -> None:
+        self.buffer = io.BytesIO(content)
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\0"])
+def test_a_list_of_paths_in_bytes(detect, photos, monkeypatch, end):
+    names = ["two words.png", "über/one.jpg"]
+    if end == b"\0":
+        save(photos / "new\nline.png")
+        names.append("new\nline.png")
+    entries = [str(photos / name).encode() for name in names]
+    monkeypatch.setattr(sys, "stdin", Piped(end.join([*entries, b""])))
+    document = json.loads(detect("-", *["-0"] * (end == b"\0"), "--json").stdout)
+    assert [Path(p["path"]) for p in document["pictures"]] == [photos / name for name in names]
+
+
+def test_a_long_list_is_read_in_pieces(monkeypatch):
+    entries = [f"{i:05}.jpg" for i in range(20_000)]
+    monkeypatch.setattr(sys, "stdin", Piped("\n".join(entries).encode()))
+    assert list(module._entries(b"\n")) == entries
+
+
 def test_copies_of_an_earlier_run_are_left_out_and_it_is_said(detect, photos):
     assert detect(photos, "--out", photos / "found").code == 0
     code, stdout, stderr = detect(photos, "--out", photos / "found")
     assert code == 0
     assert "3 of 3 pictures" in stdout
-    assert "left out 3 annotated copies" in stderr
+    assert "left out 3 pictures that an earlier run has written into" in stderr
+    assert "removed 3 files that the earlier run had written into" in stderr
+
+
+# --- going on, formats and classes
+
+
+def test_a_run_is_gone_on_with_and_it_is_said(detect, photos, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert detect(photos, "--out", whole).code == 0
+    assert detect(photos, "--out", out).code == 0
+    lines = (out / "detections.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "detections.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:30])
+    refused = detect(photos, "--out", out)
+    assert refused.code == 2
+    assert "1 of 3 pictures are done" in refused.stderr
+    assert "--resume" in refused.stderr
+    code, stdout, stderr = detect(photos, "--out", out, "--resume")
+    assert code == 0
+    assert "1 picture had been done before" in stderr
+    assert "in 3 of 3 pictures" in stdout
+    assert (out / "detections.json").read_bytes() == (whole / "detections.json").read_bytes()
+    other = detect(photos, "--out", out, "--resume", "--no-draw")
+    assert other.code == 2
+    assert "drawing on then, off now" in other.stderr
+
+
+def test_other_formats_crops_and_a_class(detect, photos, tmp_path):
+    out = tmp_path / "out"
+    formats = [word for name in ("results", "yolo", "csv") for word in ("--also", name)]
+    finished = detect(photos, "--out", out, "--no-draw", "--crops", *formats, "--class", "DOG", "--json")
+    assert finished.code == 0
+    document = json.loads(finished.stdout)
+    assert [Path(path).name for path in document["files"]] == [
+        "detections.json", "results.json", "labels", "detections.csv",
+    ]  # fmt: skip
+    assert {d["class"] for p in document["pictures"] for d in p["detections"]} == {"dog"}
+    assert document["origin"]["only_classes"] == ["dog"]
+    crops = [Path(crop) for p in document["pictures"] for crop in p["crops"]]
+    assert len(crops) == document["objects"] > 0
+    assert all(crop.is_file() and crop.parts[-2] in ("dog", "über") for crop in crops)
+    assert (document["picture_count"], document["pictures_listed"], document["failure_count"]) == (3, 3, 0)
+    assert "labels and" in finished.stderr or "crops" in finished.stderr
+    assert (out / "labels" / "über" / "one.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--resume",), "--resume needs --out"),
+        (("--crops",), "--crops needs --out"),
+        (("--also", "yolo"), "--also needs --out"),
+        (("--also", "xml"), "xml"),
+        (("--also", "coco"), "coco"),
+        (("--null",), "--null is about the list"),
+        (("--class", "dgo"), "did you mean dog?"),
+    ],
+)
+def test_options_that_do_not_go_together(detect, photos, args, words):
+    code, stdout, stderr = detect(photos, *args)
+    assert (code, stdout) == (2, "")
+    assert words in stderr
+
+
+def test_a_long_answer_is_cut_and_it_is_said(detect, photos, tmp_path, monkeypatch):
+    from refinedet_cli.engine import detect_store
+
+    monkeypatch.setattr(detect_store, "LISTED", 2)
+    finished = detect(photos, "--json")
+    document = json.loads(finished.stdout)
+    assert len(document["pictures"]) == document["pictures_listed"] == 2
+    assert document["picture_count"] == 3
+    assert "the first 2 pictures are listed" in finished.stderr
+    assert "are listed" not in detect(photos, "--json", "--out", tmp_path / "out").stderr
+
+
+def test_processes_share_a_run_and_rank_0_answers(detect, photos, tmp_path, monkeypatch):
+    assert detect(photos, "--out", tmp_path / "one", "--batch", 1).code == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert "without --out" in detect(photos).stderr
+    helper = detect(photos, "--out", tmp_path / "many", "--batch", 1)
+    assert (helper.code, helper.stdout) == (0, "rank 1 of 2 is done; rank 0 joins what all have found\n")
+    monkeypatch.setenv("RANK", "0")
+    first = detect(photos, "--out", tmp_path / "many", "--batch", 1)
+    assert first.code == 0
+    assert "in 3 of 3 pictures" in first.stdout
+    one, many = (tmp_path / name / "detections.json" for name in ("one", "many"))
+    assert one.read_bytes() == many.read_bytes()
 
 
 # --- exit codes
@@ -360,6 +475,11 @@ def test_help_explains_with_examples(run):
     for option in (
         "--out",
         "--no-draw",
+        "--crops",
+        "--also",
+        "--resume",
+        "--class",
+        "--null",
         "--weights",
         "--score",
         "--multi-scale",

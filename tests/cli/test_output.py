@@ -131,3 +131,17 @@ def test_progress_stays_out_of_a_log_even_with_forced_colour(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     _run_a_bar(Output())
     assert stream.getvalue() == ""
+
+
+def test_text_out_of_data_is_never_obeyed_by_the_terminal(capsys, monkeypatch):
+    hostile = "a\x1b]0;title\x1b[2J\x7f\x9b.jpg"
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    output = Output()
+    output.note(hostile)
+    output.warn(hostile)
+    output.result({}, _table(hostile))
+    stdout, stderr = capsys.readouterr()
+    for shown in (stdout, stderr):
+        assert "a␛]0;title␛[2J␡\ufffd.jpg" in shown
+        assert not {"\x7f", "\x9b"} & set(shown)

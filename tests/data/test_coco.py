@@ -14,6 +14,7 @@ from PIL import Image
 
 from refinedet_cli.data.coco import read_coco
 from refinedet_cli.data.dataset import Dataset
+from refinedet_cli.data.json_entries import shown
 from refinedet_cli.errors import DataError
 
 
@@ -460,3 +461,34 @@ def test_real_sets_have_nothing_to_complain_about(shared_data: Path) -> None:
     assert (len(data), data.classes.names) == (72, ("RBC", "WBC", "Platelets"))
     assert data.notes == ()
     assert all(r.path.is_file() for r in data.records)
+
+
+# Found by benchmarks/fuzz_readers.py ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 300 + ".jpg", "d/" * 3000 + "a.jpg", "\ud800.jpg", "\ud800/a.jpg", "loop.jpg", "round/a.jpg"]
+)
+@pytest.mark.parametrize("key", ["width", "id"])
+def test_names_that_no_file_can_have(tmp_path: Path, name: str, key: str) -> None:
+    """Too long, not text, or links that go round: nothing to say as long as the picture need not be read."""
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "round").symlink_to("round")
+    content = document()
+    content["images"][0]["file_name"] = name
+    if key == "id":
+        assert len(read_coco(write(tmp_path, content), search=[tmp_path / "images"])) == 3
+        return
+    del content["images"][0]["width"]
+    with pytest.raises(DataError, match=r"cannot be read|does not exist") as caught:
+        read_coco(write(tmp_path, content), search=[tmp_path / "images"])
+    assert caught.value.hint
+
+
+def test_a_deep_value_is_named_and_not_written_out() -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert shown(deep) == "a deeply nested list"
+    while deep:  # Python would go as deep to free it.
+        deep = deep.pop()  # type: ignore[assignment]

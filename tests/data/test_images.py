@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import struct
 import threading
-import time
 import warnings
 import zlib
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from refinedet_cli.data.images import FoundImage, find_images, image_size, read_image
+from refinedet_cli.data.images import image_size, read_image
 from refinedet_cli.errors import DataError
 
 ORIENTATION = 0x0112
@@ -366,139 +365,3 @@ def test_mangled_pictures_raise_nothing_but_data_error(tmp_path: Path, data: st.
     else:
         assert result.dtype == np.uint8
         assert image_size(path) == (result.shape[1], result.shape[0])
-
-
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-
-
-def names(*sources: object) -> list[str]:
-    return [image.name for image in find_images([str(s) for s in sources])]
-
-
-def test_folder_is_searched_to_the_bottom_in_order(tmp_path: Path) -> None:
-    touch(
-        tmp_path,
-        "b.JPG",
-        "a.png",
-        "sub/z.webp",
-        "sub/deep/c.tif",
-        "notes.txt",
-        ".hidden.jpg",
-        ".cache/d.jpg",
-        "a b.heic",
-    )
-    assert names(tmp_path) == ["a b.heic", "a.png", "b.JPG", "sub/deep/c.tif", "sub/z.webp"]
-
-
-def test_file_that_is_named_needs_no_extension(tmp_path: Path) -> None:
-    touch(tmp_path, "picture", ".hidden.jpg")
-    assert names(tmp_path / "picture", tmp_path / ".hidden.jpg") == ["picture", ".hidden.jpg"]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "expected"),
-    [
-        ("*.jpg", ["a.jpg"]),
-        ("*", ["a.jpg", "b.png"]),
-        ("**/*.jpg", ["a.jpg", "s/c.jpg", "s/t/d.jpg"]),
-        ("s/**", ["c.jpg", "t/d.jpg"]),
-        ("*/c.*", ["s/c.jpg"]),
-        ("[ab].???", ["a.jpg", "b.png"]),
-    ],
-)
-def test_patterns(tmp_path: Path, pattern: str, expected: list[str]) -> None:
-    touch(tmp_path, "a.jpg", "b.png", "s/c.jpg", "s/t/d.jpg", "s/e.txt", ".h.jpg")
-    assert names(tmp_path / pattern) == expected
-
-
-def test_patterns_are_relative_to_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    touch(tmp_path, "in/a.jpg", "in/s/b.jpg")
-    monkeypatch.chdir(tmp_path)
-    assert names("in/**/*.jpg") == ["a.jpg", "s/b.jpg"]
-    assert names("*/a.jpg") == ["in/a.jpg"]
-    assert names(".") == ["in/a.jpg", "in/s/b.jpg"]
-
-
-def test_name_never_leads_upwards(tmp_path: Path) -> None:
-    touch(tmp_path, "a/x.jpg", "b/y.jpg")
-    assert names(tmp_path / "a*" / ".." / "b" / "*.jpg") == ["y.jpg"]
-    assert names(tmp_path / "a" / ".." / "b") == ["y.jpg"]
-
-
-def test_existing_name_with_brackets_is_not_a_pattern(tmp_path: Path) -> None:
-    touch(tmp_path, "a[1].jpg", "a1.jpg")
-    assert names(tmp_path / "a[1].jpg") == ["a[1].jpg"]
-
-
-def test_a_picture_that_is_named_twice_comes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    touch(tmp_path, "s/a.jpg", "s/b.jpg")
-    monkeypatch.chdir(tmp_path)
-    found = find_images(["s/b.jpg", str(tmp_path / "s"), "s/../s/*.jpg"])
-    assert [image.name for image in found] == ["b.jpg", "a.jpg"]
-
-
-def test_equal_names_in_different_folders_become_unique(tmp_path: Path) -> None:
-    touch(tmp_path, "x/one/a.jpg", "x/two/a.jpg", "x/two/b.jpg", "y/one/a.jpg")
-    assert names(*(tmp_path / f for f in ("x/one", "x/two", "y/one"))) == [
-        "x/one/a.jpg", "two/a.jpg", "b.jpg", "y/one/a.jpg",
-    ]  # fmt: skip
-
-
-def test_names_that_differ_only_in_case_become_unique(tmp_path: Path) -> None:
-    touch(tmp_path, "A.jpg", "a.jpg")
-    if len(list(tmp_path.iterdir())) == 1:
-        pytest.skip("this file system does not tell cases apart")
-    found = names(tmp_path)
-    assert len({name.casefold() for name in found}) == 2
-
-
-def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
-    touch(tmp_path, "pool/a.jpg", "set/b.jpg")
-    (tmp_path / "set" / "linked").symlink_to(tmp_path / "pool")
-    (tmp_path / "set" / "up").symlink_to(tmp_path / "set")
-    assert names(tmp_path / "set") == ["b.jpg", "linked/a.jpg"]
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("gone.jpg", "does not exist"),
-        ("empty", "holds no pictures"),
-        ("*.gif", "matches no pictures"),
-        ("https://example.org/a.jpg", "not downloaded"),
-        ("n" * 300, "cannot be read"),
-    ],
-    ids=["missing", "empty folder", "pattern", "address", "long"],
-)
-def test_source_without_pictures_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
-) -> None:
-    touch(tmp_path, "a.jpg", "empty/notes.txt")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=message) as caught:
-        find_images(["a.jpg", source])
-    assert caught.value.hint
-    assert source in caught.value.message
-
-
-def test_no_source_at_all_is_a_data_error() -> None:
-    with pytest.raises(DataError):
-        find_images([])
-
-
-def test_found_images_are_paths_that_open(tmp_path: Path) -> None:
-    saved(tmp_path / "a.png", Image.fromarray(gradient()))
-    found = find_images([str(tmp_path)])
-    assert found == [FoundImage(tmp_path / "a.png", "a.png")]
-    assert read_image(found[0].path).shape == (6, 9, 3)
-
-
-def test_many_pictures_are_found_quickly(tmp_path: Path) -> None:
-    for i in range(2000):
-        (tmp_path / f"{i:05}.jpg").touch()
-    start = time.perf_counter()
-    assert len(names(tmp_path)) == 2000
-    assert time.perf_counter() - start < 5

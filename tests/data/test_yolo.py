@@ -412,3 +412,39 @@ def test_any_text_raises_nothing_but_data_error(tmp_path: Path, text: str, rows:
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with contextlib.suppress(DataError):
         read(path)
+
+
+# Found by benchmarks/fuzz_readers.py ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nc: 999999999\ntrain: images", "nc is '999999999'"),
+        (f"nc: {'9' * 5000}\ntrain: images", r"nc is '9+\.\.\.'"),
+        ("names: {9999999: cat}\ntrain: images", "names has '9999999'"),
+        ("names: [cat]\ntrain: " + "x" * 300, "which does not exist"),
+        ("names: [cat]\ntrain: images\npath: " + "x" * 300, "does not exist"),
+        ("names: [cat]\ntrain: ..", "a folder above the data set"),
+        ("names: [cat]\ntrain: /", "a folder above the data set"),
+        ("names: [cat]\ntrain: list.txt", "which does not exist"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_descriptions_that_did_harm(tmp_path: Path, text: str, message: str) -> None:
+    """They took all memory, searched the whole disk, or raised what is no DataError."""
+    (tmp_path / "list.txt").write_text("x" * 300 + ".png\n")
+    path = describe(tmp_path, text)
+    with pytest.raises(DataError, match=message) as caught:
+        read(path)
+    assert caught.value.hint
+    assert len(caught.value.message) < 2000
+
+
+@pytest.mark.parametrize(("target", "message"), [("gone.txt", "does not exist"), ("/dev/zero", "not an ordinary file")])
+def test_label_files_that_are_none(tmp_path: Path, target: str, message: str) -> None:
+    one(tmp_path, "0 0.5 0.5 0.1 0.1")
+    (tmp_path / "labels" / "a.txt").unlink()
+    (tmp_path / "labels" / "a.txt").symlink_to(target)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "data.yaml")

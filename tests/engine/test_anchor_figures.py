@@ -16,8 +16,6 @@ from refinedet_cli.core.config import AnchorConfig, Classes
 from refinedet_cli.core.presets import get_preset
 from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.engine.anchor_figures import (
-    DARK,
-    LIGHT,
     Panel,
     ReachMap,
     Series,
@@ -33,6 +31,7 @@ from refinedet_cli.engine.anchor_gallery import choose_examples
 from refinedet_cli.engine.anchor_page import render_page, write_gallery
 from refinedet_cli.engine.anchor_study import StudyOptions, study_anchors
 from refinedet_cli.engine.anchors import AnchorReport, Objects, gather, report_anchors
+from refinedet_cli.engine.charts import DARK, LIGHT
 
 CLASSES = Classes(names=("<script>alert(1)</script>",), category_ids=(1,))
 TINY = get_preset("tiny", CLASSES).detector
@@ -193,7 +192,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_needs_nothing_else_and_shows_names_as_they_are(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refinedet_cli.engine.anchor_figures._DPI", 40)
+    monkeypatch.setattr("refinedet_cli.engine.charts.DPI", 40)
     options = StudyOptions(dataset=str(folder / "pets.json"), preset="tiny", budget=85)
     study = study_anchors(options, lambda progress: None)
     written, pictures = write_gallery(tmp_path, study, lambda doing: None)

@@ -15,11 +15,15 @@ from PIL import Image
 
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import tiny
-from refinedet_cli.data.images import FoundImage, find_images, read_image
-from refinedet_cli.engine import detect as module
-from refinedet_cli.engine.detect import DetectResult, annotated_paths, detect
+from refinedet_cli.core.structures import Detections
+from refinedet_cli.data.images import FoundImage, read_image
+from refinedet_cli.data.listing import find_images, list_images
+from refinedet_cli.engine import detect_reading as reading
+from refinedet_cli.engine.detect import DetectOptions, DetectResult, detect
+from refinedet_cli.engine.detect_names import UniqueNames
 from refinedet_cli.engine.predict import Predictor
-from refinedet_cli.errors import DataError, UsageError
+from refinedet_cli.engine.results import PictureRecord
+from refinedet_cli.errors import UsageError
 from refinedet_cli.zoo.checkpoint import load_detector
 
 
@@ -47,8 +51,18 @@ def photos(tmp_path) -> Path:
     return tmp_path / "photos"
 
 
-def go(predictor: Predictor, images: list[FoundImage], out: Path | None = None, **options) -> DetectResult:
-    return detect(predictor, images, out=out, **{"score": 0.6, "batch": 3, **options})
+def go(
+    predictor: Predictor, images: list[FoundImage], out: Path | None = None, *, on_progress=lambda _: None, **options
+) -> DetectResult:
+    chosen = DetectOptions(**{"score": 0.6, "batch": 3, **options})
+    return detect(predictor, images, out=out, options=chosen, on_progress=on_progress)
+
+
+def found(picture: PictureRecord) -> Detections:
+    boxes = torch.tensor([row.bbox for row in picture.rows]).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    labels = [(1, 17, 18).index(row.category_id) + 1 for row in picture.rows]
+    return Detections(boxes, torch.tensor([row.score for row in picture.rows]), torch.tensor(labels))
 
 
 def files_in(folder: Path) -> set[str]:
@@ -78,13 +92,13 @@ def test_results_and_annotated_copies(predictor, photos, tmp_path):
     assert written["info"]["failures"] == []
 
     kept = {"a.jpg", "b.png", "z/f.jpeg", "ü/a.jpg", "ü/Ωmega 日本.jpg", "c d.webp.jpg", "z/e.bmp.jpg"}
-    assert files_in(out) == {"detections.json"} | {f"annotated/{name}" for name in kept}
+    assert files_in(out) == {"detections.json", "detections.jsonl"} | {f"annotated/{name}" for name in kept}
     for picture, entry in zip(result.pictures, written["images"], strict=True):
         with Image.open(picture.annotated) as drawn, Image.open(picture.path) as source:
             assert drawn.size == source.size == (entry["width"], entry["height"])
             assert drawn.format == ("PNG" if picture.path.suffix == ".png" else "JPEG")
         assert (read_image(picture.annotated) != read_image(picture.path)).any()
-    assert not result.failures
+    assert not result.summary.problems
     assert result.seconds > 0
     assert result.pictures_per_second == pytest.approx(7 / result.seconds)
     assert sum(count.objects for count in result.counts) == result.objects
@@ -100,7 +114,7 @@ def test_nothing_depends_on_batch_and_readers(predictor, photos, tmp_path, asser
         assert document(tmp_path / f"out{i}")["images"] == document(tmp_path / "out0")["images"]
         for a, b in zip(results[0].pictures, other.pictures, strict=True):
             assert a.path == b.path
-            assert_same(a.result.detections, b.result.detections)
+            assert_same(found(a), found(b))
 
 
 def test_nothing_depends_on_the_order_of_files(predictor, photos, assert_same):
@@ -108,7 +122,7 @@ def test_nothing_depends_on_the_order_of_files(predictor, photos, assert_same):
     forward, backward = go(predictor, images), go(predictor, images[::-1])
     assert [p.path for p in backward.pictures] == [p.path for p in forward.pictures][::-1]
     for a, b in zip(forward.pictures, backward.pictures[::-1], strict=True):
-        assert_same(a.result.detections, b.result.detections)
+        assert_same(found(a), found(b))
 
 
 def test_two_runs_write_the_same_bytes(predictor, photos, tmp_path):
@@ -124,7 +138,7 @@ def test_the_score_decides_what_is_kept(predictor, photos):
     images = find_images([str(photos)])
     low, high = go(predictor, images, score=0.5), go(predictor, images, score=0.7)
     assert 0 < high.objects < low.objects
-    assert min(float(p.result.detections.scores.min()) for p in high.pictures if len(p.result.detections)) >= 0.7
+    assert min(row.score for p in high.pictures for row in p.rows) >= 0.7
     assert go(predictor, images, score=1.0).objects == 0
 
 
@@ -133,19 +147,19 @@ def test_without_out_nothing_is_written(predictor, photos, tmp_path, monkeypatch
     before = files_in(tmp_path)
     result = go(predictor, find_images([str(photos)]))
     assert files_in(tmp_path) == before
-    assert result.results_file is None
+    assert result.files == ()
     assert all(picture.annotated is None for picture in result.pictures)
     assert result.objects > 0
 
 
 def test_without_drawing_only_the_document_is_written(predictor, photos, tmp_path):
     go(predictor, find_images([str(photos)]), tmp_path / "out", draw=False)
-    assert files_in(tmp_path / "out") == {"detections.json"}
+    assert files_in(tmp_path / "out") == {"detections.json", "detections.jsonl"}
 
 
 def test_no_pictures_at_all(predictor, tmp_path):
     result = go(predictor, [], tmp_path / "out")
-    assert (result.pictures, result.failures, result.objects) == ((), (), 0)
+    assert (result.pictures, result.summary.problems, result.objects) == ([], [], 0)
     assert document(tmp_path / "out")["images"] == []
 
 
@@ -189,10 +203,10 @@ def test_bad_files_are_recorded_and_the_rest_goes_on(predictor, photos, tmp_path
     images = find_images([str(photos)])
     result = go(predictor, images, tmp_path / "out", batch=batch)
 
-    assert {f.file_name for f in result.failures} == set(bad)
-    for failure in result.failures:
-        assert bad[failure.file_name] in failure.reason
-        assert str(photos) not in failure.reason.split(";")[0]
+    assert {f.file_name for f in result.summary.problems} == set(bad)
+    for failure in result.summary.problems:
+        assert bad[failure.file_name] in failure.problem
+        assert str(photos) not in failure.problem.split(";")[0]
         assert failure.path == photos / failure.file_name
     assert [p.path for p in result.pictures] == [p.path for p in alone.pictures]
     assert result.objects == alone.objects
@@ -208,8 +222,8 @@ def test_only_bad_files(predictor, tmp_path):
     (tmp_path / "photos").mkdir()
     bad = spoil(tmp_path / "photos")
     result = go(predictor, find_images([str(tmp_path / "photos")]), tmp_path / "out")
-    assert result.pictures == ()
-    assert len(result.failures) == len(bad)
+    assert result.pictures == []
+    assert result.summary.failed == len(result.summary.problems) == len(bad)
     assert document(tmp_path / "out")["images"] == []
 
 
@@ -217,7 +231,7 @@ def test_a_bug_in_reading_is_not_taken_for_a_bad_file(predictor, photos, monkeyp
     def broken(path: Path) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(module, "read_image", broken)
+    monkeypatch.setattr(reading, "read_image", broken)
     with pytest.raises(ZeroDivisionError):
         go(predictor, find_images([str(photos)]))
 
@@ -226,10 +240,10 @@ def test_a_copy_that_cannot_be_written_is_a_failure_and_the_result_stays(predict
     out = tmp_path / "out"
     (out / "annotated" / "b.png").mkdir(parents=True)
     result = go(predictor, find_images([str(photos)]), out)
-    assert [f.file_name for f in result.failures] == ["b.png"]
-    by_name = {p.result.file_name: p for p in result.pictures}
+    assert [f.file_name for f in result.summary.problems] == ["b.png"]
+    by_name = {p.file_name: p for p in result.pictures}
     assert by_name["b.png"].annotated is None
-    assert len(by_name["b.png"].result.detections)
+    assert by_name["b.png"].rows
     assert len(document(out)["images"]) == 7
     assert by_name["z/f.jpeg"].annotated.is_file()
 
@@ -237,12 +251,9 @@ def test_a_copy_that_cannot_be_written_is_a_failure_and_the_result_stays(predict
 # --- names
 
 
-def named(*names: str) -> list[FoundImage]:
-    return [FoundImage(Path("/somewhere") / str(i), name) for i, name in enumerate(names)]
-
-
 def copies(*names: str) -> list[str]:
-    return [path.as_posix() for path in annotated_paths(Path("out"), named(*names))]
+    with UniqueNames() as unique:
+        return [f"out/{unique.annotated(name)}" for name in names]
 
 
 def test_copies_keep_folders_and_the_names_of_jpeg_and_png():
@@ -288,13 +299,13 @@ def test_a_name_as_long_as_the_disk_allows(predictor, tmp_path):
     path = save(tmp_path / ("n" * 250 + ".bmp"))
     result = go(predictor, find_images([str(path)]), tmp_path / "out")
     assert result.pictures[0].annotated.is_file()
-    assert result.pictures[0].result.file_name == path.name
+    assert result.pictures[0].file_name == path.name
 
 
 def test_the_same_name_in_two_folders(predictor, tmp_path):
     paths = [save(tmp_path / folder / "cat.jpg", seed=i) for i, folder in enumerate(("one", "two"))]
     result = go(predictor, find_images([str(path) for path in paths]), tmp_path / "out")
-    assert len({p.result.file_name for p in result.pictures}) == 2
+    assert len({p.file_name for p in result.pictures}) == 2
     assert len({p.annotated for p in result.pictures}) == 2
     assert len(files_in(tmp_path / "out" / "annotated")) == 2
 
@@ -305,21 +316,12 @@ def test_the_same_name_in_two_folders(predictor, tmp_path):
 def test_copies_of_an_earlier_run_are_left_out(predictor, photos):
     out = photos / "found"
     first = go(predictor, find_images([str(photos)]), out)
-    images = find_images([str(photos)])
-    second = go(predictor, images, out)
-    assert len(images) == 14
-    assert second.skipped == 7
-    assert [p.path for p in second.pictures] == [p.path for p in first.pictures]
+    assert len(find_images([str(photos)])) == 14
+    with list_images([str(photos)], leave_out=[out / "annotated"]) as images:
+        second = go(predictor, images, out)
+        assert images.left_out == 7
+    assert [(p.image_id, p.path) for p in second.pictures] == [(p.image_id, p.path) for p in first.pictures]
     assert len(files_in(out / "annotated")) == 7
-
-
-def test_nothing_but_copies_is_refused_before_anything_is_overwritten(predictor, photos, tmp_path):
-    out = tmp_path / "out"
-    go(predictor, find_images([str(photos)]), out)
-    before = {name: (out / name).read_bytes() for name in files_in(out)}
-    with pytest.raises(DataError, match="annotated copies"):
-        go(predictor, find_images([str(out)]), out)
-    assert {name: (out / name).read_bytes() for name in files_in(out)} == before
 
 
 def test_out_that_is_a_file_is_a_usage_error(predictor, photos, tmp_path):
@@ -337,8 +339,8 @@ def test_a_link_cannot_lead_a_copy_out_of_the_folder(predictor, photos, tmp_path
     (out / "annotated" / "z").symlink_to(elsewhere)
     result = go(predictor, find_images([str(photos)]), out)
     assert files_in(elsewhere) == set()
-    assert {f.file_name for f in result.failures} == {"z/e.bmp", "z/f.jpeg"}
-    assert "leads out" in result.failures[0].reason
+    assert {f.file_name for f in result.summary.problems} == {"z/e.bmp", "z/f.jpeg"}
+    assert "leads out" in result.summary.problems[0].problem
 
 
 # --- stopping
@@ -411,9 +413,9 @@ def test_only_a_few_pictures_are_held_at_a_time(predictor, tmp_path, monkeypatch
         weakref.finalize(pixels, leave)
         return pixels
 
-    monkeypatch.setattr(module, "read_image", counted)
+    monkeypatch.setattr(reading, "read_image", counted)
     # Room for five pictures of 40 x 40: ahead of the network, in its batch and behind it.
-    monkeypatch.setattr(module, "_HELD_BYTES", 5 * 40 * 40 * 3)
+    monkeypatch.setattr(reading, "HELD_BYTES", 5 * 40 * 40 * 3)
     result = go(predictor, find_images([str(tmp_path / "photos")]), tmp_path / "out", batch=32, readers=2)
     assert len(result.pictures) == 40
     assert most <= 20

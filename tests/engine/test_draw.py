@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.engine import draw
-from refinedet_cli.engine.draw import class_colour, draw_detections, text_colour, undrawable_names
+from refinedet_cli.engine.draw import Mark, class_colour, draw_boxes, draw_detections, text_colour, undrawable_names
 
 CLASSES = Classes(names=("person", "cat", "dog"), category_ids=(1, 17, 18))
 
@@ -327,3 +327,13 @@ def test_names_with_line_breaks_and_control_characters_become_one_line():
     classes = Classes(names=("traffic\n\tlight\x00", "\x07"), category_ids=(1, 2))
     assert draw._tag_name(classes, 1) == "traffic light"
     assert drawn(grey(99, 99), found(((9, 40, 90, 90), 0.9, 2)), classes).shape == (99, 99, 3)
+
+
+def test_a_box_without_a_tag_is_drawn_alone_and_the_first_lies_on_top() -> None:
+    canvas, tagged = grey(120, 120), grey(120, 120)
+    box, red, blue = (30.0, 40.0, 90.0, 100.0), (255, 0, 0), (0, 0, 255)
+    draw_boxes(canvas, [Mark(box, red, None), Mark(box, blue, None)], line=4, letters=12)
+    assert tuple(canvas[70, 30]) == red
+    assert (canvas[:30] == grey(120, 120)[:30]).all()
+    draw_boxes(tagged, [Mark(box, red, ("cat", "0.90"))], line=4, letters=12)
+    assert (tagged[:38] != grey(120, 120)[:38]).any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,15 +21,16 @@ from refinedet_cli.core.structures import Detections
 from refinedet_cli.engine.predict import Predictor
 from refinedet_cli.engine.results import (
     ClassCount,
-    Failure,
+    ClassTally,
     Origin,
+    PictureRecord,
     PictureResult,
-    count_classes,
     detection_rows,
     origin_of,
     read_results,
-    results_document,
+    write_records,
     write_results,
+    write_results_list,
 )
 from refinedet_cli.errors import DataError
 from refinedet_cli.zoo.checkpoint import LoadedDetector
@@ -60,9 +62,21 @@ PICTURES = (
 )
 
 
-def test_the_whole_document():
-    failures = [Failure(path="/tmp/x/bad.jpg", file_name="bad.jpg", reason="is empty")]
-    document = results_document(PICTURES[:2], CLASSES, ORIGIN, failures=failures)
+def record(picture: PictureResult) -> PictureRecord:
+    rows = tuple(detection_rows(picture.detections, CLASSES))
+    return PictureRecord(
+        picture.image_id, Path(picture.file_name), picture.file_name, picture.width, picture.height, rows
+    )
+
+
+BAD = PictureRecord(9, Path("/tmp/x/bad.jpg"), "bad.jpg", 0, 0, problem="is empty")
+
+
+def test_the_whole_document(tmp_path):
+    write_records(tmp_path / "d.json", [record(PICTURES[0]), BAD, record(PICTURES[1])], CLASSES, ORIGIN)
+    document = json.loads((tmp_path / "d.json").read_text())
+    # Written piece by piece, yet as json would write it.
+    assert (tmp_path / "d.json").read_text() == json.dumps(document) + "\n"
     assert document == {
         "info": {
             "description": "Objects found by refinedet",
@@ -75,6 +89,8 @@ def test_the_whole_document():
             "decoder": "x",
             "score_threshold": 0.3,
             "multi_scale": None,
+            "tiles": None,
+            "only_classes": None,
             "complete": True,
             "failures": [{"file_name": "bad.jpg", "reason": "is empty"}],
         },
@@ -110,7 +126,7 @@ def test_the_file_holds_the_document_and_is_the_same_each_time(tmp_path):
     for name in ("one.json", "two.json"):
         write_results(tmp_path / name, PICTURES, CLASSES, ORIGIN, complete=False)
     document = json.loads((tmp_path / "one.json").read_text())
-    assert document == results_document(PICTURES, CLASSES, ORIGIN, complete=False)
+    assert [i["id"] for i in document["images"]] == [3, 1, 2]
     assert document["info"]["complete"] is False
     assert [a["id"] for a in document["annotations"]] == [1, 2, 3, 4]
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
@@ -145,17 +161,24 @@ def test_rounded_boxes_stay_inside_the_picture(width, height, corners):
     torch.testing.assert_close(torch.tensor([left, left + w]), torch.tensor(x), atol=2e-3, rtol=1e-6)
 
 
+def counts(pictures) -> tuple[ClassCount, ...]:
+    tally = ClassTally(CLASSES)
+    for picture in pictures:
+        tally.add(detection_rows(picture.detections, CLASSES))
+    return tally.counts()
+
+
 def test_counts_of_classes():
-    assert count_classes(PICTURES, CLASSES) == (
+    assert counts(PICTURES) == (
         ClassCount(name="cat", category_id=17, pictures=2, objects=3, best_score=0.876543),
         ClassCount(name="dog", category_id=18, pictures=1, objects=1, best_score=0.5),
     )
-    assert count_classes(PICTURES[1:2], CLASSES) == ()
+    assert counts(PICTURES[1:2]) == ()
 
 
 def test_equally_frequent_classes_come_in_the_detectors_order():
     picture = PictureResult(1, "a", 9, 9, found(((0, 0, 1, 1), 0.9, 3), ((0, 0, 1, 1), 0.8, 1)))
-    assert [count.name for count in count_classes([picture], CLASSES)] == ["person", "dog"]
+    assert [count.name for count in counts([picture])] == ["person", "dog"]
 
 
 def test_origin_names_the_file_without_its_folder(tmp_path):
@@ -188,11 +211,24 @@ def test_what_was_written_is_read_back(tmp_path):
 
 
 def test_a_run_that_did_not_go_through_is_told(tmp_path):
-    failures = [Failure(path="/tmp/x/bad.jpg", file_name="bad.jpg", reason="is empty")]
-    write_results(tmp_path / "d.json", PICTURES, CLASSES, ORIGIN, failures=failures, complete=False)
+    write_records(tmp_path / "d.json", [*map(record, PICTURES), BAD], CLASSES, ORIGIN, complete=False)
     stopped, failed = read_results(tmp_path / "d.json").notes
     assert "stopped before its end" in stopped
     assert "1 pictures failed" in failed
+
+
+def test_the_list_of_results_that_is_written_is_read_back(tmp_path):
+    path = tmp_path / "results.json"
+    write_results_list(path, [*map(record, PICTURES), BAD])
+    saved, whole = read_results(path), tmp_path / "d.json"
+    write_results(whole, PICTURES, CLASSES, ORIGIN)
+    assert saved.format == "results list"
+    np.testing.assert_array_equal(saved.boxes, read_results(whole).boxes)
+    np.testing.assert_array_equal(saved.scores, read_results(whole).scores)
+    assert (saved.image_ids.tolist(), saved.category_ids.tolist()) == ([3, 3, 2, 2], [17, 18, 17, 17])
+    assert json.loads(path.read_text())[0] == {
+        "image_id": 3, "category_id": 17, "bbox": [1.0, 2.0, 10.5, 20.25], "score": 0.876543,
+    }  # fmt: skip
 
 
 RESULT = {"image_id": 7, "category_id": 3, "bbox": [1, 2.5, 3, 4], "score": 0.5}

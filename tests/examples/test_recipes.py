@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
@@ -47,12 +45,8 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def script(root):
-    spec = importlib.util.spec_from_file_location("benchmarks_recipes", root / "benchmarks" / "recipes.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("benchmarks/recipes.py")
 
 
 @pytest.fixture(scope="module")

@@ -81,16 +81,42 @@ def test_a_folder_does_not_hide_a_bundled_name(bundle):
 
 
 def test_an_unknown_name_is_answered_with_the_bundled_ones(bundle):
-    with pytest.raises(CheckpointError, match="'best': is neither a file nor") as caught:
+    with pytest.raises(CheckpointError, match="'best': there is no such file, folder or bundled model") as caught:
         resolve_weights("best")
     assert all(name in (caught.value.hint or "") for name in (DEFAULT_WEIGHTS, "other_model"))
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "runs"])
-def test_a_folder_is_no_weights(bundle, name):
+@pytest.mark.parametrize("name", [".", "..", "runs"])
+def test_a_folder_without_weights(bundle, name):
     Path("runs").mkdir()
-    with pytest.raises(CheckpointError, match="is a folder, not a file"):
+    with pytest.raises(CheckpointError, match=r"the folder holds no \.safetensors file"):
         resolve_weights(name)
+
+
+def test_nothing_is_no_name(bundle):
+    Path("best.safetensors").write_bytes(b"y")
+    with pytest.raises(CheckpointError, match="weights '': there is no such file"):
+        resolve_weights("")
+
+
+def test_the_folder_of_a_run_stands_for_its_best_file(bundle):
+    run = Path("runs/signs")
+    run.mkdir(parents=True)
+    (run / "only.safetensors").write_bytes(b"y")
+    assert resolve_weights("runs/signs") == run / "only.safetensors"
+    (run / "other.safetensors").write_bytes(b"y")
+    with pytest.raises(CheckpointError, match=r"holds 2 \.safetensors files") as caught:
+        resolve_weights("runs/signs")
+    assert caught.value.hint == "name one of them: only.safetensors, other.safetensors"
+    for file in ("last.safetensors", "best.safetensors"):
+        (run / file).write_bytes(b"y")
+        assert resolve_weights("runs/signs/") == run / file
+
+
+@pytest.mark.parametrize("name", ["exported.onnx", "exported.xml", "exported.pt2"])
+def test_an_exported_file_is_taken_as_it_is(bundle, name):
+    Path(name).write_bytes(b"y")
+    assert resolve_weights(name) == Path(name)
 
 
 def test_a_name_that_no_path_can_have(bundle):
@@ -257,7 +283,7 @@ def test_offline_is_honoured(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     message, hint = refused("org/repo", "w")
     assert message == f"org/repo: w is not in the cache ({hub.cache}), and HF_HUB_OFFLINE forbids the network"
-    assert "unset HF_HUB_OFFLINE" in hint
+    assert "unset it" in hint
     assert hub.requests == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     found = fetch("org/repo", "w")

@@ -1,0 +1,150 @@
+"""What `refinedet detect` does with videos and cameras."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from refinedet_cli.cli.output import Output
+from refinedet_cli.errors import PartialError, UsageError
+
+if TYPE_CHECKING:
+    from refinedet_cli.engine.predict import AnyPredictor
+    from refinedet_cli.engine.video import VideoProgress, VideoResult
+
+
+def videos_of(sources: Sequence[str]) -> list[str]:
+    """Choose the videos and cameras among what was named.
+
+    Raises:
+        UsageError: there is something else too: each run has one kind of result.
+    """
+    from refinedet_cli.engine.video_files import is_camera, is_video_name
+
+    videos = [source for source in sources if is_camera(source) or is_video_name(Path(source).name)]
+    if videos and len(videos) < len(sources):
+        raise UsageError(f"{videos[0]} is a video, and pictures were named too", "detect videos in a run of their own")
+    return list(dict.fromkeys(videos))
+
+
+def detect_videos(
+    output: Output,
+    predictor: AnyPredictor,
+    videos: Sequence[str],
+    out: Path | None,
+    *,
+    score: float,
+    batch: int | None,
+    draw: bool,
+) -> None:
+    """Find objects in videos, one after the other, and tell the result.
+
+    A single video goes into ``out`` itself, each of several into a folder of its name in it.
+
+    Raises:
+        UsageError: two videos would go into one folder.
+        PartialError: a video is damaged; what could be decoded was worked on.
+    """
+    from refinedet_cli.engine.device import describe_device
+    from refinedet_cli.engine.predict import default_batch
+    from refinedet_cli.engine.tiling import remark_on_tiles
+
+    batch = batch or default_batch(predictor.device)
+    folders = _folders(videos, out)
+    results = [
+        _detect(output, predictor, video, folder, score=score, batch=batch, draw=draw)
+        for video, folder in zip(videos, folders, strict=True)
+    ]
+    for result in results:
+        if result.warning is not None and len(results) > 1:
+            output.warn(result.warning)
+    document = {
+        "device": describe_device(predictor.device),
+        "videos": [_document(result) for result in results],
+        "objects": sum(result.objects for result in results),
+    }
+    if remark := remark_on_tiles(predictor):
+        output.note(remark)
+    output.result(document, *_tables(results))
+    for result in results:
+        if result.results_file is not None:
+            drawn = f" and {result.annotated} (without sound)" if result.annotated is not None else ""
+            output.note(f"wrote {result.results_file}, {result.frames_file}{drawn}")
+    damaged = [result.warning for result in results if result.warning is not None]
+    if damaged:
+        whole = damaged[0] if len(results) == 1 else f"{len(damaged)} of {len(results)} videos are damaged"
+        raise PartialError(whole, "what could be decoded was worked on; copy it again for the rest")
+
+
+def _folders(videos: Sequence[str], out: Path | None) -> list[Path | None]:
+    if out is None or len(videos) == 1:
+        return [out] * len(videos)
+    names = [video.replace(":", "-") if video.startswith("camera:") else Path(video).name for video in videos]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two of the videos are called {name}", "detect them in runs of their own")
+    return [out / name for name in names]
+
+
+def _detect(
+    output: Output, predictor: AnyPredictor, video: str, out: Path | None, *, score: float, batch: int, draw: bool
+) -> VideoResult:
+    from refinedet_cli.engine.video import detect_video
+
+    with output.progress(f"Detecting {Path(video).name}") as bars:
+        task = bars.add_task("", total=None)
+
+        def show(progress: VideoProgress) -> None:
+            total = None if progress.total is None else max(progress.frames, progress.total)
+            bars.update(task, completed=progress.frames, total=total, description=f"{progress.objects:,} objects")
+
+        return detect_video(predictor, video, out=out, score=score, batch=batch, draw=draw, on_progress=show)
+
+
+def _document(result: VideoResult) -> dict[str, Any]:
+    return {
+        "source": result.source,
+        "name": result.name,
+        "origin": result.origin,
+        "width": result.width,
+        "height": result.height,
+        "frames": result.frames,
+        "duration": round(result.duration, 3),
+        "objects": result.objects,
+        "classes": result.counts,
+        "warning": result.warning,
+        "detections_file": result.results_file,
+        "frames_file": result.frames_file,
+        "annotated": result.annotated,
+        "encoder": result.encoder,
+        "seconds": round(result.seconds, 3),
+        "frames_per_second": round(result.frames_per_second, 2),
+    }
+
+
+def _tables(results: Sequence[VideoResult]) -> list[RenderableType]:
+    table = Table(title="Videos", title_justify="left")
+    table.add_column("Video", overflow="fold")
+    table.add_column("Class", overflow="fold")
+    for heading in ("Frames", "Objects", "Best score"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        for count in result.counts:
+            row = (f"{count.pictures:,}", f"{count.objects:,}", f"{count.best_score:.2f}")
+            table.add_row(result.name, count.name, *row)
+        if not result.counts:
+            table.add_row(result.name, "nothing", "", "", "", style="dim")
+        table.add_section()
+    frames, objects = sum(r.frames for r in results), sum(r.objects for r in results)
+    seconds = max(sum(r.seconds for r in results), 1e-9)
+    threshold = results[0].origin.score_threshold
+    found = f"{objects:,} detections" if objects else "nothing found"
+    line = (
+        f"{found} in {frames:,} frames ({sum(r.duration for r in results):.1f} s) at a score of {threshold:g} or better"
+    )
+    return [table, Text(f"{line}, {frames / seconds:.1f} frames/s")]
