@@ -22,7 +22,6 @@ from refinedet_cli.cli.eval_tables import (
 )
 from refinedet_cli.cli.options import (
     DATA,
-    MODEL,
     OUTPUT,
     BatchOpt,
     DatasetOpt,
@@ -33,6 +32,7 @@ from refinedet_cli.cli.options import (
     MultiScaleOpt,
     OfflineOpt,
     OptionalOutOpt,
+    PostprocessOpt,
     PrecisionName,
     PrecisionOpt,
     QuietOpt,
@@ -165,15 +165,7 @@ def evaluate(
     quiet: QuietOpt = False,
     weights: WeightsOpt = None,
     offline: OfflineOpt = False,
-    postprocess: Annotated[
-        Literal["paper", "caffe"] | None,
-        typer.Option(
-            "--postprocess",
-            help="paper: 400 candidates a picture, 200 kept; caffe: 1000 a class, 500 kept.",
-            show_default="that of the weights",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
+    postprocess: PostprocessOpt = None,
     multi_scale: MultiScaleOpt = None,
     tile: TileOpt = None,
     tile_overlap: TileOverlapOpt = None,

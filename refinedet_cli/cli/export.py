@@ -13,12 +13,12 @@ from rich.text import Text
 from refinedet_cli.cli.downloads import on_disk
 from refinedet_cli.cli.options import (
     DATA,
-    MODEL,
     OUTPUT,
     ImagesOpt,
     JsonOpt,
     OfflineOpt,
     OptionalOutOpt,
+    PostprocessOpt,
     QuietOpt,
     RootOpt,
     SplitOpt,
@@ -77,15 +77,7 @@ def export(
     quiet: QuietOpt = False,
     weights: WeightsOpt = None,
     offline: OfflineOpt = False,
-    postprocess: Annotated[
-        Literal["paper", "caffe"] | None,
-        typer.Option(
-            "--postprocess",
-            help="paper: 400 candidates a picture, 200 kept; caffe: 1000 a class, 500 kept.",
-            show_default="that of the weights",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
+    postprocess: PostprocessOpt = None,
     calibrate: Annotated[
         list[str] | None,
         typer.Option(

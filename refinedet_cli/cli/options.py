@@ -167,6 +167,17 @@ TileOverlapOpt = Annotated[
     ),
 ]
 
+# = None
+PostprocessOpt = Annotated[
+    Literal["paper", "caffe"] | None,
+    typer.Option(
+        "--postprocess",
+        help="paper: 400 candidates a picture, 200 kept; caffe: 1000 a class, 500 kept.",
+        show_default="that of the weights",
+        rich_help_panel=MODEL,
+    ),
+]
+
 # Data ----------------------------------------------------------------------------------------------------------------
 
 # required
