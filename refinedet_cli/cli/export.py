@@ -185,6 +185,8 @@ def export(
     if result.golden:
         pictures = f"{result.golden} of the pictures, shrunk" if result.golden > 1 else "one of the pictures, shrunk"
         output.note(f"{result.files[-1].name} keeps {pictures}, to prove the file again with --check")
+    elif result.proof.holds:
+        output.warn("none of the pictures could be kept shrunk, so --check will have nothing to prove the file on")
     output.result(_document(result), *_tables(result))
     _judge(result.proof, "nothing was written")
 

@@ -311,7 +311,9 @@ def _module(loaded: LoadedDetector, options: ExportOptions, dtype: torch.dtype) 
 
 def _calibration(options: ExportOptions, info: ArtefactInfo) -> list[NDArray[Any]]:
     """Read pictures spread evenly over those given, as the graph takes them."""
-    found = options.calibration[:: max(1, len(options.calibration) // _CALIBRATION_PICTURES)][:_CALIBRATION_PICTURES]
+    given = options.calibration
+    places = np.linspace(0, len(given) - 1, min(len(given), _CALIBRATION_PICTURES)).round().astype(int)
+    found = [given[i] for i in places]
     inputs: list[NDArray[Any]] = []
     for image in found:
         pixels = np.repeat(read_image(image.path)[None], options.batch or 1, axis=0)

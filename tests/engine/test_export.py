@@ -761,3 +761,13 @@ def test_a_description_replaces_the_old_one(exported):
         describe_onnx(model, replace(exported.info, precision=precision))
     entries = [entry for entry in model.metadata_props if entry.key == "refinedet"]
     assert [json.loads(entry.value)["precision"] for entry in entries] == ["int8"]
+
+
+@pytest.mark.parametrize(("count", "first", "last"), [(1, 0, 0), (128, 0, 127), (200, 0, 199), (1000, 0, 999)])
+def test_calibration_pictures_are_spread_over_all(monkeypatch, exported, count, first, last):
+    seen: list[int] = []
+    monkeypatch.setattr(exporting, "read_image", lambda path: seen.append(int(path.stem)) or PICTURES[0])
+    given = [FoundImage(Path(f"{i}.png"), f"{i}.png") for i in range(count)]
+    inputs = exporting._calibration(ExportOptions(calibration=given), exported.info)
+    assert len(inputs) == len(set(seen)) == min(count, 128)
+    assert (seen[0], seen[-1]) == (first, last)
