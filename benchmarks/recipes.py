@@ -28,11 +28,12 @@ import numpy as np
 from PIL import Image
 
 from refinedet_cli.core.presets import VOC_NAMES
-from refinedet_cli.engine import train as training
-from refinedet_cli.engine import training_session
+from refinedet_cli.engine import run_log, training_session
 from refinedet_cli.engine.device import DeviceName
+from refinedet_cli.engine.recipe import milestone_steps
 from refinedet_cli.engine.run_file import read_run_file
-from refinedet_cli.engine.train import LAST_FILE, Report, StepReport, milestone_steps
+from refinedet_cli.engine.run_log import StepReport
+from refinedet_cli.engine.train import LAST_FILE, Report
 from refinedet_cli.engine.training_session import TrainingSession
 from refinedet_cli.errors import RefineDetError
 
@@ -247,7 +248,7 @@ def main() -> int:
     settings = [f"train.steps={options.steps}"]
     settings += [f"preprocess.{side}={options.size}" for side in ("height", "width") if options.size]
     # Every step is wanted in the table, not one in two seconds.
-    training.REPORT_EVERY_SECONDS = 0.0
+    run_log.REPORT_EVERY_SECONDS = 0.0
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         root, runs = Path(folder) / "datasets", Path(folder) / "runs"

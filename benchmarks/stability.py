@@ -37,7 +37,7 @@ from refinedet_cli.core.refinedet import build
 from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.data.loading import Batch, Plan, TrainingSet, collate
 from refinedet_cli.engine.device import DeviceName, Precision, select_device
-from refinedet_cli.engine.train import freeze, input_sizes, learning_rate, make_optimizer
+from refinedet_cli.engine.recipe import freeze, input_sizes, learning_rate, make_optimizer
 
 CLASSES = Classes(names=("square",), category_ids=(1,))
 PICTURES = 24

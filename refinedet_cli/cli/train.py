@@ -41,7 +41,8 @@ from refinedet_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from refinedet_cli.engine.dry_run import Forecast
-    from refinedet_cli.engine.train import EvaluationReport, Report, StepReport, TrainResult
+    from refinedet_cli.engine.run_log import StepReport
+    from refinedet_cli.engine.train import EvaluationReport, Report, TrainResult
 
 
 def train(
@@ -227,7 +228,8 @@ class _Reporter:
         self._steps: TaskID | None = None
 
     def __call__(self, report: Report) -> None:
-        from refinedet_cli.engine.train import CacheReport, StepReport
+        from refinedet_cli.engine.run_log import StepReport
+        from refinedet_cli.engine.train import CacheReport
 
         if isinstance(report, CacheReport):
             if self._cache is None:

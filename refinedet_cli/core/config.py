@@ -244,6 +244,9 @@ class AugmentConfig:
         crop_probability: chance of drawing IoU-constrained crops (the whole picture stays one of the choices).
         crop_min_scale: the smallest crop, as a fraction of the picture's sides.
         mirror_probability: chance of a left-right flip.
+        mosaic_probability: chance of putting four pictures, each cropped and changed on its own, into one.
+        mosaic_until: fraction of the run after which no mosaics are made.
+        min_size: objects with a side below this after all changes, in px-in, are left out.
     """
 
     brightness: float = 32.0
@@ -255,9 +258,14 @@ class AugmentConfig:
     crop_probability: float = 1.0
     crop_min_scale: float = 0.3
     mirror_probability: float = 0.5
+    mosaic_probability: float = 0.0
+    mosaic_until: float = 0.9
+    min_size: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("expand_probability", "crop_probability", "mirror_probability"):
+        for name in (
+            "expand_probability", "crop_probability", "mirror_probability", "mosaic_probability", "mosaic_until",
+        ):  # fmt: skip
             value = getattr(self, name)
             _require(0 <= value <= 1, f"train.augment.{name} must be in [0, 1], not {value}")
         for name in ("contrast", "saturation"):
@@ -269,6 +277,7 @@ class AugmentConfig:
         _require(
             0 < self.crop_min_scale <= 1, f"train.augment.crop_min_scale must be in (0, 1], not {self.crop_min_scale}"
         )
+        _require(self.min_size >= 0, f"train.augment.min_size must not be negative, not {self.min_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +288,8 @@ class TrainConfig:
         batch: pictures in one optimiser step.
         epochs: passes over the data.
         steps: optimiser steps of the run, in place of ``epochs``; 0 leaves it to these.
+        balance: show pictures of rare classes more often: a class that is in less than this fraction of the pictures
+            repeats them by the root of what is missing (LVIS, arXiv:1908.03195). 0 shows every picture once an epoch.
         optimizer: "sgd" (with momentum) or "adamw".
         lr: learning rate of the heads and the pyramid after warm-up.
         backbone_lr: factor on ``lr`` for the backbone.
@@ -301,6 +312,7 @@ class TrainConfig:
     batch: int = 32
     epochs: int = 60
     steps: int = 0
+    balance: float = 0.0
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 1e-3
     momentum: float = 0.9
@@ -333,6 +345,7 @@ class TrainConfig:
             _require(value >= 0, f"train.{name} must not be negative, not {value}")
         _require(0 <= self.seed < 2**63, f"train.seed must be in [0, 2**63), not {self.seed}")
         _require(self.evaluate_every >= 0, f"train.evaluate_every must not be negative, not {self.evaluate_every}")
+        _require(0 <= self.balance <= 1, f"train.balance must be in [0, 1], not {self.balance}")
         _require(0 <= self.momentum < 1, f"train.momentum must be in [0, 1), not {self.momentum}")
         _require(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1), not {self.ema_decay}")
         _require(0 <= self.final_lr <= 1, f"train.final_lr must be in [0, 1], not {self.final_lr}")

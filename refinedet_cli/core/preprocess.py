@@ -24,7 +24,13 @@ class Window(NamedTuple):
     bottom: int
 
 
-def preprocess(image: Tensor, config: PreprocessConfig, window: Window | None = None, mirror: bool = False) -> Tensor:
+def preprocess(
+    image: Tensor,
+    config: PreprocessConfig,
+    window: Window | None = None,
+    mirror: bool = False,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
     """Turn a picture into network input.
 
     Args:
@@ -32,6 +38,7 @@ def preprocess(image: Tensor, config: PreprocessConfig, window: Window | None = 
         config: input size, mean and std on the 0..255 scale, channel order.
         window: what to take instead of the whole picture; what lies beyond the picture becomes the mean colour.
         mirror: flip left and right.
+        size: height and width to make instead of the config's, for a picture that is a part of the input.
 
     Returns:
         float32[3, height, width], normalised.
@@ -45,8 +52,9 @@ def preprocess(image: Tensor, config: PreprocessConfig, window: Window | None = 
     left, top, right, bottom = window or Window(0, 0, width, height)
     # Whole pictures come in few sizes; windows hardly ever repeat, and would only fill the cache.
     weights = _cached_weights if window is None else resize_weights
-    rows = weights(top, bottom, height, config.height)
-    columns = weights(left, right, width, config.width)
+    output_height, output_width = size or (config.height, config.width)
+    rows = weights(top, bottom, height, output_height)
+    columns = weights(left, right, width, output_width)
     if mirror:
         columns = columns.flip(0)
     # Only what the window covers is touched.

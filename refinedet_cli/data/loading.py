@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,15 +20,27 @@ from refinedet_cli.core.structures import Target, Targets
 from refinedet_cli.data.augment import distort_colours, draw_view, view_boxes
 from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.data.images import read_image
+from refinedet_cli.data.mosaic import draw_panels
+from refinedet_cli.data.sampling import draw_companions, draw_weighted
 from refinedet_cli.errors import DataError
 
 
 class Draw(NamedTuple):
-    """One sample to make: the picture, the epoch that seeds its randomness, and the input size of this step."""
+    """One sample to make.
+
+    Attributes:
+        picture: which one.
+        epoch: the pass over the data; picture, epoch and turn seed the sample's randomness.
+        preprocess: with the input size of this step.
+        turn: how often the picture came before in this epoch.
+        done: fraction of the run that lies behind.
+    """
 
     picture: int
     epoch: int
     preprocess: PreprocessConfig
+    turn: int = 0
+    done: float = 0.0
 
 
 class Batch(NamedTuple):
@@ -54,6 +67,7 @@ class Plan:
         seed: of the permutations.
         sizes: the preprocessing of a step, given the fraction of the run that is done.
         steps: of the whole run, which may end within a pass; 0 leaves it to ``epochs``.
+        weights: float64[count], how often a picture comes compared to others; None shows each once a pass.
     """
 
     def __init__(
@@ -65,7 +79,9 @@ class Plan:
         sizes: Callable[[float], PreprocessConfig],
         *,
         steps: int = 0,
+        weights: np.ndarray | None = None,
     ) -> None:
+        self.weights = weights
         self.count, self.batch, self.seed, self.sizes = count, min(batch, count), seed, sizes
         self.steps_per_epoch = max(1, count // self.batch)
         self.steps = steps or self.steps_per_epoch * epochs
@@ -80,16 +96,31 @@ class Plan:
         for step in range(start, self.steps):
             epoch, place = divmod(step, self.steps_per_epoch)
             if step == start or place == 0:
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-            size = self.sizes(step / self.steps)
-            yield [Draw(int(i), epoch, size) for i in order[place * self.batch : (place + 1) * self.batch]]
+                order = self._order(epoch)
+            done = step / self.steps
+            size = self.sizes(done)
+            yield [
+                Draw(picture, epoch, size, turn, done)
+                for picture, turn in order[place * self.batch : (place + 1) * self.batch]
+            ]
+
+    def _order(self, epoch: int) -> list[tuple[int, int]]:
+        """Shuffle the pictures of an epoch, each with how often it came before."""
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(self.count)
+        if self.weights is None:
+            return [(int(i), 0) for i in order]
+        chosen = draw_weighted(self.weights, self.count, generator)
+        turns = np.arange(self.count) - np.searchsorted(chosen, chosen)
+        return [(int(chosen[i]), int(turns[i])) for i in order]
 
 
 class TrainingSet(TorchDataset[tuple[Tensor, Target, int]]):
     """Makes samples; every random choice of a sample derives from (seed, epoch, index), so workers cannot change it."""
 
-    def __init__(self, dataset: Dataset, augment: AugmentConfig, seed: int) -> None:
-        self.dataset, self.augment, self.seed = dataset, augment, seed
+    def __init__(self, dataset: Dataset, augment: AugmentConfig, seed: int, weights: np.ndarray | None = None) -> None:
+        self.dataset, self.augment, self.seed, self.weights = dataset, augment, seed, weights
+        self._panel_augment = replace(augment, expand_probability=0.0)
         self._cache: Tensor | None = None
         self._starts: Tensor | None = None
 
@@ -121,23 +152,64 @@ class TrainingSet(TorchDataset[tuple[Tensor, Target, int]]):
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Target, int]:
         """Make one sample: float32[3, height, width], its objects, and the picture's place."""
-        record = self.dataset.records[draw.picture]
-        image = self._picture(draw.picture, record)
-        generator = np.random.default_rng([self.seed, draw.epoch, draw.picture])
+        # The turn is 0 unless pictures repeat; without it seeds stay those of earlier versions.
+        seeds = [self.seed, draw.epoch, draw.picture, *([draw.turn] if draw.turn else [])]
+        generator = np.random.default_rng(seeds)
+        size = (draw.preprocess.height, draw.preprocess.width)
+        chance = self.augment.mosaic_probability if draw.done < self.augment.mosaic_until else 0.0
+        if chance and generator.random() < chance:
+            pixels, boxes, labels = self._mosaic(draw, size, generator)
+        else:
+            pixels, boxes, labels = self._sample(draw.picture, draw.preprocess, size, self.augment, generator)
+        sides = (boxes[:, 2:] - boxes[:, :2]) * (size[1], size[0])
+        kept = sides.min(axis=1, initial=np.inf) >= self.augment.min_size
+        target = Target(torch.from_numpy(boxes[kept]).float(), torch.from_numpy(labels[kept]))
+        return pixels, target, draw.picture
+
+    def _sample(
+        self,
+        index: int,
+        config: PreprocessConfig,
+        size: tuple[int, int],
+        augment: AugmentConfig,
+        generator: np.random.Generator,
+    ) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Crop, change and resize one picture.
+
+        Returns:
+            float32[3, height, width]; its boxes, float64[N, 4], xyxy, norm; their labels, int64[N].
+        """
+        record = self.dataset.records[index]
+        image = self._picture(index, record)
         trainable = ~record.crowd
         boxes, labels = record.boxes[trainable], record.labels[trainable]
         height, width = image.shape[:2]
-        view = draw_view(height, width, boxes, self.augment, generator)
+        view = draw_view(height, width, boxes, augment, generator)
         left, top = max(view.window.left, 0), max(view.window.top, 0)
         visible = image[top : min(view.window.bottom, height), left : min(view.window.right, width)]
-        visible = distort_colours(visible, self.augment, generator)
+        visible = distort_colours(visible, augment, generator)
         window = Window(
             view.window.left - left, view.window.top - top, view.window.right - left, view.window.bottom - top
         )
         moved, kept = view_boxes(boxes, view)
-        target = Target(torch.from_numpy(moved).float(), torch.from_numpy(labels[kept]))
-        pixels = preprocess(torch.from_numpy(np.ascontiguousarray(visible)), draw.preprocess, window, view.mirror)
-        return pixels, target, draw.picture
+        pixels = preprocess(torch.from_numpy(np.ascontiguousarray(visible)), config, window, view.mirror, size)
+        return pixels, moved, labels[kept]
+
+    def _mosaic(
+        self, draw: Draw, size: tuple[int, int], generator: np.random.Generator
+    ) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Put the picture and three more into the quarters of one input, as `_sample` makes them."""
+        panels = draw_panels(size, generator)
+        count = len(self.dataset.records)
+        others = draw_companions(count, self.weights, len(panels) - 1, generator)
+        pixels = torch.empty(3, *size)
+        boxes, labels = [], []
+        for panel, index in zip(panels, [draw.picture, *others], strict=True):
+            part, found, names = self._sample(index, draw.preprocess, panel.size, self._panel_augment, generator)
+            pixels[:, panel.top : panel.bottom, panel.left : panel.right] = part
+            boxes.append(panel.place(found, size))
+            labels.append(names)
+        return pixels, np.concatenate(boxes), np.concatenate(labels)
 
     def _picture(self, index: int, record: Record) -> np.ndarray:
         if self._cache is None or self._starts is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.ticker import MaxNLocator
 
 from refinedet_cli.engine.charts import LIGHT, can_write, finish_axis, new_figure, to_png
-from refinedet_cli.engine.train import METRICS_FILE
+from refinedet_cli.engine.run_log import METRICS_FILE
 from refinedet_cli.zoo.inventory import Model
 from refinedet_cli.zoo.model_card import Figure
 

@@ -19,13 +19,8 @@ from refinedet_cli.data.dataset import Dataset
 from refinedet_cli.data.loading import Plan, TrainingSet, collate
 from refinedet_cli.engine.evaluate import evaluate
 from refinedet_cli.engine.predict import Predictor
-from refinedet_cli.engine.train import (
-    Rehearsal,
-    RunOptions,
-    make_plan,
-    milestone_steps,
-    rehearse,
-)
+from refinedet_cli.engine.recipe import make_plan, milestone_steps
+from refinedet_cli.engine.train import Rehearsal, RunOptions, rehearse
 from refinedet_cli.zoo.checkpoint import LoadedDetector
 
 WARM_UP = 2

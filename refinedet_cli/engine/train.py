@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import csv
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from refinedet_cli import __version__
-from refinedet_cli.core.config import DetectorConfig, PreprocessConfig, TrainConfig, from_dict, to_dict
+from refinedet_cli.core.config import DetectorConfig, TrainConfig, from_dict, to_dict
 from refinedet_cli.core.detector import Detector
 from refinedet_cli.core.structures import LossParts
 from refinedet_cli.data.dataset import Dataset
 from refinedet_cli.data.files import write_json
-from refinedet_cli.data.loading import Batch, Plan, TrainingSet, make_loader
+from refinedet_cli.data.loading import Batch, TrainingSet, make_loader
+from refinedet_cli.data.sampling import repeat_factors
 from refinedet_cli.engine.device import Precision
 from refinedet_cli.engine.evaluate import evaluate
 from refinedet_cli.engine.predict import Predictor
+from refinedet_cli.engine.recipe import Average, freeze, learning_rate, make_optimizer, make_plan
+from refinedet_cli.engine.run_log import RunLog, StepReport
 from refinedet_cli.engine.run_state import RunState, load_state, save_state
 from refinedet_cli.errors import ConfigError, GateError
 from refinedet_cli.metrics.coco import CocoResult
@@ -34,40 +36,7 @@ STATE_FILE = "state.pt"
 LAST_FILE = "last.safetensors"
 BEST_FILE = "best.safetensors"
 CONFIG_FILE = "config.json"
-LOG_FILE = "log.csv"
-METRICS_FILE = "metrics.csv"
 SAVE_EVERY_SECONDS = 300.0
-REPORT_EVERY_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Where training is; averages are over the steps since the last report.
-
-    Attributes:
-        step, steps: done and in all.
-        epoch: passes done.
-        lr: rate of the heads.
-        input_size: height and width of this step's pictures, px-in.
-        total: the loss.
-        parts: its terms.
-        positives: matched anchors per picture, by module.
-        gradient_norm: before clipping.
-        pictures_per_second: over the last report's steps.
-        seconds_left: at that speed, evaluations not counted.
-    """
-
-    step: int
-    steps: int
-    epoch: float
-    lr: float
-    input_size: tuple[int, int]
-    total: float
-    parts: dict[str, float]
-    positives: dict[str, float]
-    gradient_norm: float
-    pictures_per_second: float
-    seconds_left: float
 
 
 @dataclass(frozen=True)
@@ -153,120 +122,6 @@ class Rehearsal:
     state_bytes: int
 
 
-class Average:
-    """Running average of weights; the early steps weigh more, so that a short run is not held at its random start."""
-
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.tensors = {n: t.detach().clone() for n, t in network.state_dict().items()}
-
-    def update(self, network: nn.Module, step: int) -> None:
-        """Take one step's weights in; ``step`` counts from 1."""
-        decay = min(self.decay, step / (step + 10))
-        raw = network.state_dict()
-        floating = [n for n, t in self.tensors.items() if t.is_floating_point()]
-        torch._foreach_lerp_([self.tensors[n] for n in floating], [raw[n] for n in floating], 1 - decay)
-        for name in self.tensors.keys() - set(floating):
-            self.tensors[name].copy_(raw[name])
-
-
-def milestone_steps(config: TrainConfig, steps: int) -> tuple[int, ...]:
-    """Compute where the rate drops, in steps done.
-
-    Returns:
-        for a multistep schedule the first step at or after each fraction of the run; a fraction that is meant to be a
-        whole number of steps (2/3 of 120,000) gives exactly that, however it was rounded. Empty for other schedules.
-    """
-    if config.schedule != "multistep":
-        return ()
-    return tuple(math.ceil(fraction * steps - 1e-6) for fraction in config.milestones)
-
-
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Compute the factor on the base rate at a step.
-
-    Args:
-        config: schedule and warm-up.
-        step: 0-based.
-        steps: of the whole run.
-
-    Returns:
-        A factor in (0, 1]: it rises linearly over the warm-up, which is at most a tenth of the run, then follows the
-        schedule.
-    """
-    warmup = min(config.warmup_steps, steps // 10)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, steps - warmup)
-    if config.schedule == "multistep":
-        return config.gamma ** sum(step >= milestone for milestone in milestone_steps(config, steps))
-    return config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * done)) / 2
-
-
-def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Group parameters by part and kind: biases are not decayed and get ``bias_lr``, normalisation has its own rule.
-
-    The backbone, for ``backbone_lr``, is what its stages hold. Frozen parameters are left out. Each group's ``lr`` is
-    multiplied by `learning_rate` at every step.
-    """
-    norms = {
-        id(p)
-        for m in network.modules()
-        if isinstance(m, (nn.GroupNorm, nn.modules.batchnorm._BatchNorm))
-        for p in m.parameters()
-    }
-    backbone: Any = network.backbone
-    pretrained = {id(p) for stage in backbone.stages() for p in stage.parameters()}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by rate and decay
-    for name, parameter in network.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        factor = config.backbone_lr if id(parameter) in pretrained else 1.0
-        is_norm, is_bias = id(parameter) in norms, name.endswith("bias")
-        rate = config.lr * factor * (config.bias_lr if is_bias and not is_norm else 1.0)
-        decays = config.decay_norm if is_norm else not is_bias
-        groups.setdefault((rate, config.weight_decay if decays else 0.0), []).append(parameter)
-    described = [
-        {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
-    ]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(described)
-    return torch.optim.SGD(described, momentum=config.momentum)
-
-
-def freeze(network: nn.Module, config: TrainConfig) -> None:
-    """Put the network into training mode, with the backbone's lowest stages and normalisation fixed as configured."""
-    network.train()
-    backbone: Any = network.backbone
-    stages = backbone.stages()
-    for stage in stages[: config.freeze_stages]:
-        stage.requires_grad_(False)
-        stage.eval()
-    if config.freeze_norm:
-        for module in (m for stage in stages for m in stage.modules()):
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-                module.requires_grad_(False)
-
-
-def input_sizes(preprocess: PreprocessConfig, config: TrainConfig) -> Callable[[float], PreprocessConfig]:
-    """Make the function that gives the preprocessing at a fraction of the run."""
-
-    def at(done: float) -> PreprocessConfig:
-        scale = next((s for until, s in sorted(config.small_input) if done < until), 1.0)
-        height, width = (max(64, round(v * scale / 64) * 64) for v in (preprocess.height, preprocess.width))
-        return replace(preprocess, height=height, width=width)
-
-    return at
-
-
-def make_plan(pictures: int, preprocess: PreprocessConfig, config: TrainConfig) -> Plan:
-    """Lay out the steps of a run over so many pictures."""
-    sizes = input_sizes(preprocess, config)
-    return Plan(pictures, config.batch, config.epochs, config.seed, sizes, steps=config.steps)
-
-
 def train(
     detector: Detector,
     data: Dataset,
@@ -346,12 +201,13 @@ class _Run:
         self.optimizer = make_optimizer(self.network, config)
         self.average = Average(self.network, config.ema_decay)
         self.settings = {"detector": to_dict(detector.config), "train": to_dict(config)}
-        self.samples = TrainingSet(data, config.augment, config.seed)
-        self.plan = make_plan(len(data.records), detector.config.preprocess, config)
+        weights = repeat_factors(data, config.balance) if config.balance else None
+        self.samples = TrainingSet(data, config.augment, config.seed, weights)
+        self.plan = make_plan(len(data.records), detector.config.preprocess, config, weights)
         self.step = 0
         self.best: float | None = None
         self.result: CocoResult | None = None
-        self.log = _Log(options.out)
+        self.log = RunLog(options.out)
 
     def run(self) -> TrainResult:
         out = self.options.out
@@ -533,80 +389,6 @@ class _Run:
             self.on_progress(CacheReport(done, total))
 
         self.samples.fill_cache(max(1, torch.get_num_threads()), count)
-
-
-class _Log:
-    """Averages of the steps since the last report, and the run's CSV files."""
-
-    def __init__(self, out: Path) -> None:
-        self.steps, self.metrics = out / LOG_FILE, out / METRICS_FILE
-        self._sums: dict[str, Tensor] = {}
-        self._count = self._pictures = 0
-        self._since = time.monotonic()
-
-    def restart(self) -> None:
-        for path in (self.steps, self.metrics):
-            path.unlink(missing_ok=True)
-
-    def cut(self, step: int) -> None:
-        """Drop the rows beyond a step, which a resumed run will write again."""
-        for path in (self.steps, self.metrics):
-            if path.is_file():
-                head, *rows = path.read_text(encoding="utf-8").splitlines()
-                kept = [r for r in rows if r and int(r.split(",")[0]) <= step]
-                path.write_text("\n".join([head, *kept, ""]), encoding="utf-8")
-
-    def add(
-        self, loss: LossParts, norm: Tensor, batch: Batch, *, step: int, plan: Plan, lr: float, size: torch.Size
-    ) -> StepReport | None:
-        values = {"total": loss.total.detach(), "gradient_norm": norm.detach(), **loss.parts}
-        values |= {f"positives_{name}": n / len(batch.indices) for name, n in loss.positives.items()}
-        for name, value in values.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._count += 1
-        self._pictures += len(batch.indices)
-        elapsed = time.monotonic() - self._since
-        if elapsed < REPORT_EVERY_SECONDS and step < plan.steps:
-            return None
-        means = {name: float(value) / self._count for name, value in self._sums.items()}
-        report = StepReport(
-            step=step,
-            steps=plan.steps,
-            epoch=step / plan.steps_per_epoch,
-            lr=lr,
-            input_size=(size[0], size[1]),
-            total=means["total"],
-            parts={name: means[name] for name in loss.parts},
-            positives={name: means[f"positives_{name}"] for name in loss.positives},
-            gradient_norm=means["gradient_norm"],
-            pictures_per_second=self._pictures / elapsed,
-            seconds_left=(plan.steps - step) * elapsed / self._count,
-        )
-        self._sums, self._count, self._pictures, self._since = {}, 0, 0, time.monotonic()
-        row = {
-            "step": step,
-            "epoch": round(report.epoch, 4),
-            "lr": f"{lr:.6g}",
-            "input": f"{size[0]}x{size[1]}",
-            **{name: f"{value:.5g}" for name, value in means.items()},
-            "pictures_per_second": round(report.pictures_per_second, 2),
-        }
-        _append(self.steps, row)
-        return report
-
-    def evaluation(self, step: int, epoch: float, result: CocoResult) -> None:
-        numbers = {k: v for k, v in asdict(result).items() if isinstance(v, float) or v is None}
-        _append(self.metrics, {"step": step, "epoch": round(epoch, 4), **numbers})
-        self._since = time.monotonic()
-
-
-def _append(path: Path, row: Mapping[str, Any]) -> None:
-    new = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from refinedet_cli.data.dataset import Dataset, join, remap
 from refinedet_cli.data.source import find_splits, hold_out, open_dataset
 from refinedet_cli.engine.device import DeviceName, describe_device, select_device, select_precision
 from refinedet_cli.engine.dry_run import Forecast, forecast
+from refinedet_cli.engine.recipe import make_plan
 from refinedet_cli.engine.run_file import RunFile, read_run_file, relative_to_run
 from refinedet_cli.engine.start import NO_WEIGHTS, Start, resolve_config, start_detector
-from refinedet_cli.engine.train import LAST_FILE, STATE_FILE, Report, RunOptions, TrainResult, make_plan, train
+from refinedet_cli.engine.train import LAST_FILE, STATE_FILE, Report, RunOptions, TrainResult, train
 from refinedet_cli.errors import ConfigError, DataError, UsageError
 from refinedet_cli.zoo.backbone_weights import BackboneFile, find_backbone_weights
 

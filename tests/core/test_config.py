@@ -52,11 +52,12 @@ DETECTOR = DetectorConfig(
 TRAIN = TrainConfig(
     batch=3, epochs=4, steps=50, optimizer="adamw", lr=0.1, momentum=0.5, backbone_lr=0.25, bias_lr=3.0,
     weight_decay=0.5, decay_norm=True, warmup_steps=6, schedule="multistep", final_lr=0.5, milestones=(0.1, 0.9),
-    gamma=0.5, ema_decay=0.0, clip_norm=1.0, precision="bf16", freeze_stages=2, freeze_norm=False,
+    gamma=0.5, balance=0.25, ema_decay=0.0, clip_norm=1.0, precision="bf16", freeze_stages=2, freeze_norm=False,
     small_input=((0.5, 0.6), (0.8, 0.9)), evaluate_every=0, seed=2**63 - 1,
     augment=AugmentConfig(
         brightness=1.0, contrast=0.1, saturation=0.2, hue=5.0, expand_probability=0.1, expand_max=2.0,
         crop_probability=0.2, crop_min_scale=0.4, mirror_probability=0.3,
+        mosaic_probability=0.4, mosaic_until=0.5, min_size=3.0,
     ),
 )  # fmt: skip
 
@@ -141,7 +142,8 @@ WRONG_TRAIN: list[tuple[str, Any]] = [
     ("augment.expand_probability", 1.1), ("augment.crop_probability", -0.1), ("augment.mirror_probability", 2),
     ("augment.contrast", 1), ("augment.saturation", -0.1), ("augment.brightness", 256), ("augment.hue", 181),
     ("augment.expand_max", 0.9), ("augment.crop_min_scale", 0), ("augment.crop_min_scale", 1.1),
-    ("augment.hue", math.inf), ("augment", "off"),
+    ("augment.hue", math.inf), ("augment", "off"), ("balance", 1.5),
+    ("augment.mosaic_probability", 2), ("augment.mosaic_until", -1), ("augment.min_size", -1),
 ]  # fmt: skip
 
 

@@ -156,7 +156,8 @@ def test_steps_take_the_place_of_epochs_and_may_end_within_one(steps):
     taken = list(plan.batches(0))
     assert asked == [i / steps for i in range(steps)]
     # The pictures are those of the same steps of a run that is counted in epochs.
-    assert taken == list(Plan(9, 3, 4, 0, lambda done: SIZE).batches(0))[:steps]
+    counted = list(Plan(9, 3, 4, 0, lambda done: SIZE).batches(0))[:steps]
+    assert [[d[:3] for d in step] for step in taken] == [[d[:3] for d in step] for step in counted]
     for start in range(steps + 1):
         assert list(plan.batches(start)) == taken[start:]
 

@@ -20,20 +20,10 @@ from refinedet_cli.core.presets import Preset, refinedet320_vgg16, tiny
 from refinedet_cli.core.refinedet import build
 from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.engine import train as training
+from refinedet_cli.engine.recipe import input_sizes, learning_rate, make_optimizer, milestone_steps
+from refinedet_cli.engine.run_log import StepReport
 from refinedet_cli.engine.run_state import load_state, save_state
-from refinedet_cli.engine.train import (
-    EvaluationReport,
-    Report,
-    RunOptions,
-    StepReport,
-    TrainResult,
-    input_sizes,
-    learning_rate,
-    make_optimizer,
-    milestone_steps,
-    rehearse,
-    train,
-)
+from refinedet_cli.engine.train import EvaluationReport, Report, RunOptions, TrainResult, rehearse, train
 from refinedet_cli.errors import CheckpointError, ConfigError, GateError
 from refinedet_cli.zoo.checkpoint import load_detector
 

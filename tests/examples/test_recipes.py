@@ -15,8 +15,8 @@ from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import VOC_CLASSES, caffe_postprocess, get_preset
 from refinedet_cli.core.refinedet import build
 from refinedet_cli.data.dataset import match_classes
+from refinedet_cli.engine.recipe import milestone_steps
 from refinedet_cli.engine.run_file import read_run_file
-from refinedet_cli.engine.train import milestone_steps
 from refinedet_cli.zoo.checkpoint import load_detector, save_checkpoint
 
 VOC07, VOC12 = ("voc2007:trainval", "voc2012:trainval"), ("voc2007:trainval", "voc2007:test", "voc2012:trainval")
