@@ -28,9 +28,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import tiny
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.zoo.checkpoint import save_checkpoint
 
 SIDE = 64

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from refinedet_cli.core.anchors import anchors_per_cell, level_sizes
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, DetectorConfig
 from refinedet_cli.core.detector import Detector
 from refinedet_cli.core.presets import DEFAULT_PRESET, PRESETS, get_preset
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.engine.artefact import FormatName
 from refinedet_cli.engine.export import ExportOptions, export
 from refinedet_cli.zoo.checkpoint import save_checkpoint

@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, TrainConfig
 from refinedet_cli.core.presets import Preset, tiny
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.data.loading import Batch, Plan, TrainingSet, collate
 from refinedet_cli.engine.device import DeviceName, Precision, select_device

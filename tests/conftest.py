@@ -15,8 +15,8 @@ import hypothesis
 import pytest
 import torch
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import DetectorConfig
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.zoo.checkpoint import save_checkpoint
 

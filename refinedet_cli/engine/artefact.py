@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, DetectorConfig, from_dict, to_dict
 from refinedet_cli.core.deployed import sample_output
 from refinedet_cli.core.postprocess import suppress, to_detections
 from refinedet_cli.core.preprocess import preprocess
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.core.structures import BatchDetections, Candidates, Detections
 from refinedet_cli.engine.predict import picture_sizes
 from refinedet_cli.errors import CheckpointError, ConfigError, DeviceError, UsageError

@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, PostprocessConfig
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.data.dataset import ClassMatch, Dataset, Record, canonical_name, listed, match_classes, remap
 from refinedet_cli.data.loading import read_record

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from refinedet_cli.core.backbones import build_backbone
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import DetectorConfig
 from refinedet_cli.core.layers import L2Norm
-from refinedet_cli.core.refinedet import build
 
 _WIDEST = 1 << 15
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import (
     Classes,
     DetectorConfig,
@@ -22,7 +23,6 @@ from refinedet_cli.core.config import (
 )
 from refinedet_cli.core.detector import Detector
 from refinedet_cli.core.presets import DEFAULT_PRESET, Preset, get_preset
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.data.dataset import match_classes
 from refinedet_cli.engine.run_file import RunFile
 from refinedet_cli.errors import CheckpointError, ConfigError

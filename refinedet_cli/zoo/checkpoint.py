@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import DetectorConfig, from_dict, to_dict
 from refinedet_cli.core.detector import Detector
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.errors import CheckpointError, ConfigError
 
 FORMAT = "refinedet"

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import tiny
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.zoo.checkpoint import file_sha256, load_detector, save_checkpoint
 
 CLASSES = Classes(names=("cat", "potted plant"), category_ids=(1, 2))

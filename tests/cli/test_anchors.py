@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import AnchorConfig, Classes
 from refinedet_cli.core.presets import get_preset
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.engine.anchor_file import anchor_toml, read_anchor_file
 from refinedet_cli.zoo.checkpoint import save_checkpoint
 

@@ -15,9 +15,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import get_preset
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.engine.predict import Predictor
 from refinedet_cli.zoo.checkpoint import load_detector, save_checkpoint
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import tiny
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.engine.run_state import load_state
 from refinedet_cli.zoo.checkpoint import load_detector, save_checkpoint
 

@@ -16,9 +16,9 @@ import torch
 from huggingface_hub import ModelCard, constants, file_download
 from PIL import Image
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import tiny
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.zoo.checkpoint import save_checkpoint
 from refinedet_cli.zoo.hub import DEFAULT_WEIGHTS, resolve_weights
 from refinedet_cli.zoo.hub_client import network

@@ -11,10 +11,10 @@ from PIL import Image
 
 from refinedet_cli.core.anchors import tile_anchors
 from refinedet_cli.core.boxes import cxcywh_to_xyxy, pair_iou
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import AnchorConfig, Classes
 from refinedet_cli.core.matching import match
 from refinedet_cli.core.presets import get_preset
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.core.structures import Target, Targets
 from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.data.source import open_dataset

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, TrainConfig
 from refinedet_cli.core.presets import tiny
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.engine import dry_run
 from refinedet_cli.engine.dry_run import forecast

@@ -14,9 +14,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import get_preset
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.data.source import open_dataset

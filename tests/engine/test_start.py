@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models import mobilenet_v2
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, DetectorConfig, to_dict
 from refinedet_cli.core.presets import DEFAULT_PRESET, VOC_CLASSES, Preset, get_preset, tiny
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.engine import start
 from refinedet_cli.engine.run_file import RunFile, read_run_file
 from refinedet_cli.engine.start import resolve_config, start_detector

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, TrainConfig
 from refinedet_cli.core.layers import L2Norm
 from refinedet_cli.core.presets import Preset, refinedet320_vgg16, tiny
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.engine import train as training
 from refinedet_cli.engine.recipe import input_sizes, learning_rate, make_optimizer, milestone_steps

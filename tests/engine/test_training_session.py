@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, to_dict
 from refinedet_cli.core.presets import tiny
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.engine import training_session
 from refinedet_cli.engine.training_session import TrainingSession
 from refinedet_cli.errors import ConfigError, UsageError

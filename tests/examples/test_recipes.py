@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import VOC_CLASSES, caffe_postprocess, get_preset
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.data.dataset import match_classes
 from refinedet_cli.engine.recipe import milestone_steps
 from refinedet_cli.engine.run_file import read_run_file

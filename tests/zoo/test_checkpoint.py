@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, to_dict
 from refinedet_cli.core.presets import tiny
-from refinedet_cli.core.refinedet import build
 from refinedet_cli.errors import CheckpointError
 from refinedet_cli.zoo import checkpoint
 from refinedet_cli.zoo.checkpoint import file_sha256, load_detector, read_header, save_checkpoint
