@@ -33,25 +33,13 @@ from refinedet_cli.engine.device import DeviceName
 from refinedet_cli.engine.recipe import milestone_steps
 from refinedet_cli.engine.run_file import read_run_file
 from refinedet_cli.engine.run_log import StepReport
-from refinedet_cli.engine.train import LAST_FILE, Report
+from refinedet_cli.engine.run_record import LAST_FILE
+from refinedet_cli.engine.train import Report
 from refinedet_cli.engine.training_session import TrainingSession
 from refinedet_cli.errors import RefineDetError
+from refinedet_cli.zoo.importers.class_names import COCO_CLASSES
 
 RECIPES = Path(__file__).resolve().parents[1] / "examples" / "recipes"
-COCO_NAMES = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
-    "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
-    "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
-    "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
-    "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
-    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard", "cell phone",
-    "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear",
-    "hair drier", "toothbrush",
-)  # fmt: skip
-# COCO numbers its categories to 90 and leaves these out.
-_UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-COCO_IDS = tuple(i for i in range(1, 91) if i not in _UNUSED_IDS)
 PICTURES = 8
 SIDE = 80
 
@@ -134,20 +122,23 @@ def _voc_object(o: Object, *, difficult: bool) -> str:
 
 def _make_coco(folder: Path) -> None:
     (folder / "annotations").mkdir(parents=True)
-    categories = [{"id": i, "name": n, "supercategory": "thing"} for i, n in zip(COCO_IDS, COCO_NAMES, strict=True)]
+    categories = [
+        {"id": i, "name": n, "supercategory": "thing"}
+        for i, n in zip(COCO_CLASSES.category_ids, COCO_CLASSES.names, strict=True)
+    ]
     for part, name in enumerate(("train2017", "val2017")):
         (folder / name).mkdir()
         images, annotations = [], []
         for i in range(PICTURES):
             file_name = f"{part}{i:011d}.jpg"
             images.append({"id": 100 * part + i, "file_name": file_name, "width": SIDE, "height": SIDE})
-            for o in _draw(folder / name / file_name, (2017, part, i), len(COCO_NAMES)):
+            for o in _draw(folder / name / file_name, (2017, part, i), len(COCO_CLASSES)):
                 width, height = o.right - o.left, o.bottom - o.top
                 annotations.append(
                     {
                         "id": len(annotations) + 1,
                         "image_id": 100 * part + i,
-                        "category_id": COCO_IDS[o.label],
+                        "category_id": COCO_CLASSES.category_ids[o.label],
                         "bbox": [o.left, o.top, width, height],
                         "area": width * height,
                         "iscrowd": 0,

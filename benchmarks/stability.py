@@ -1,13 +1,22 @@
-"""Try to make training fail: short runs of the `tiny` preset from random weights, with every step checked.
+"""Try to make training fail: runs of the `tiny` preset from random weights, with every step checked.
 
-Usage: python benchmarks/stability.py --seeds 10 --steps 200
+Usage: python benchmarks/stability.py --json stability.json --threads 1
+
+Each of 20 seeds trains for 1,000 steps under every learning rate (1e-3, 4e-3) and precision (fp32, bf16): 80 runs. The
+batch sizes, 1 to 32, follow each other through the seeds, so that each rate and precision meets every size three or
+four times and all sizes occur equally often, but for one run. The backbone's normalisation is frozen (the preset's) and
+learned (what `train --weights none` does) by turns, in such a way that every size meets both.
 
 The pictures are drawn here, one class: a quarter shows nothing, a quarter is crowded (boxes that repeat exactly, a
-sliver, a speck and boxes of the whole picture among them), the rest holds up to three squares. They go through the
-project's own augmentation, network, loss, optimiser and warm-up. A row of the table is one combination of batch,
-precision, learning rate and backbone normalisation ("frozen" is the preset's, "learned" updates its statistics); its
-columns count, over all seeds, the steps whose loss, gradients or resulting weights were not finite. A run ends at its
-first such step.
+sliver, a speck and boxes of the whole picture among them), the rest holds up to three squares. A seed changes each of
+its 24 pictures 32 times by the project's own augmentation, once for all its runs, and a batch is drawn from these 768
+samples. Network, loss, gradients, optimiser, schedule and warm-up are those of `train`.
+
+A row of the table is one batch size, precision and rate; its columns count, over its runs, the steps whose loss,
+gradients, decoded boxes of ARM and ODM, or resulting weights were not finite. A run ends at its first such step.
+
+With --json, finished runs are kept in that file and not done again, so that the whole can be done in pieces; --minutes
+ends a piece. --time measures a few steps of each batch size instead.
 
 Exit code 1 if any count is not 0.
 """
@@ -15,13 +24,12 @@ Exit code 1 if any count is not 0.
 from __future__ import annotations
 
 import argparse
-import itertools
+import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,46 +39,61 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from refinedet_cli.core.anchors import tile_anchors
+from refinedet_cli.core.boxes import decode
 from refinedet_cli.core.build import build
-from refinedet_cli.core.config import Classes, TrainConfig
+from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import Preset, tiny
+from refinedet_cli.core.structures import Target
 from refinedet_cli.data.dataset import Dataset, Record
-from refinedet_cli.data.loading import Batch, Plan, TrainingSet, collate
+from refinedet_cli.data.files import write_json
+from refinedet_cli.data.loading import Draw, TrainingSet, collate
 from refinedet_cli.engine.device import DeviceName, Precision, select_device
-from refinedet_cli.engine.recipe import freeze, input_sizes, learning_rate, make_optimizer
+from refinedet_cli.engine.distributed import ALONE
+from refinedet_cli.engine.gradients import Gradients
+from refinedet_cli.engine.recipe import freeze, learning_rate, make_optimizer
 
 CLASSES = Classes(names=("square",), category_ids=(1,))
-PICTURES = 24
+PICTURES, TURNS = 24, 32
 WIDTH, HEIGHT = 96, 80
-BATCHES = (1, 8)
+BATCHES = (1, 2, 4, 8, 16, 32)
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 RATES = (1e-3, 4e-3)
-NORMS = ("frozen", "learned")
+TIMED, WARM_UP = 10, 3
+
+Sample = tuple[Tensor, Target, int]
 
 
 class Combination(NamedTuple):
-    """What a row of the table is about."""
+    """One run."""
 
+    seed: int
     batch: int
     precision: Precision
     lr: float
     norm: str
 
+    def __str__(self) -> str:
+        return f"seed {self.seed}, lr {self.lr:g}, {self.precision}, batch {self.batch}, normalisation {self.norm}"
+
 
 @dataclass
 class Tally:
-    """What happened to one combination over all seeds.
+    """What happened in a run, or in several.
 
     Attributes:
+        runs: how many.
         steps: done.
-        loss, gradients, weights: steps that were not finite in these.
-        first, last: sums over the seeds of the mean loss of the first and of the last tenth of a run.
-        seconds: in all steps.
+        loss, gradients, boxes, weights: steps that were not finite in these.
+        first, last: sums over the runs of the mean loss of their first and of their last tenth.
+        seconds: of the processor, in all steps.
     """
 
+    runs: int = 0
     steps: int = 0
     loss: int = 0
     gradients: int = 0
+    boxes: int = 0
     weights: int = 0
     first: float = 0.0
     last: float = 0.0
@@ -79,7 +102,22 @@ class Tally:
     @property
     def failures(self) -> int:
         """Counts of everything that was not finite, together."""
-        return self.loss + self.gradients + self.weights
+        return self.loss + self.gradients + self.boxes + self.weights
+
+    def add(self, other: Tally) -> None:
+        """Take the runs of another in."""
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+def combinations(seeds: int) -> Iterator[Combination]:
+    """List the runs: all of a seed together, so that the first seeds are a fair part of the whole."""
+    cells = [(lr, precision) for lr in RATES for precision in PRECISIONS]
+    for seed in range(seeds):
+        for cell, (lr, precision) in enumerate(cells):
+            # Steps of two through the sizes share what 20 seeds have over three rounds out among them.
+            batch = BATCHES[(seed + 2 * cell) % len(BATCHES)]
+            yield Combination(seed, batch, precision, lr, "learned" if seed // len(BATCHES) % 2 else "frozen")
 
 
 def draw_pictures(folder: Path, seed: int) -> Dataset:
@@ -127,7 +165,7 @@ def _draw_boxes(index: int, generator: np.random.Generator) -> NDArray[np.float6
     return np.concatenate([boxes, boxes[: count // 2], [whole, whole, sliver, speck]])
 
 
-def recipe(combination: Combination, seed: int) -> Preset:
+def recipe(combination: Combination) -> Preset:
     """Give the `tiny` preset as a combination changes it; warm-up and everything else stay the preset's."""
     base = tiny(CLASSES)
     train = replace(
@@ -135,126 +173,194 @@ def recipe(combination: Combination, seed: int) -> Preset:
         batch=combination.batch,
         lr=combination.lr,
         freeze_norm=combination.norm == "frozen",
-        seed=seed,
+        seed=combination.seed,
     )
     return replace(base, train=train)
 
 
-def make_batches(dataset: Dataset, preset: Preset, steps: int) -> list[Batch]:
-    """Make the first batches of a run as training would."""
-    config = preset.train
-    samples = TrainingSet(dataset, config.augment, config.seed)
+def make_samples(dataset: Dataset, seed: int) -> list[Sample]:
+    """Change every picture many times, as the epochs of a run would."""
+    preset = tiny(CLASSES)
+    samples = TrainingSet(dataset, preset.train.augment, seed)
     samples.fill_cache(1, lambda: None)
-    epochs = -(-steps * config.batch // PICTURES)
-    plan = Plan(PICTURES, config.batch, epochs, config.seed, input_sizes(preset.detector.preprocess, config))
-    return [collate([samples[draw] for draw in draws]) for draws in itertools.islice(plan.batches(0), steps)]
+    return [samples[Draw(i, turn, preset.detector.preprocess)] for turn in range(TURNS) for i in range(PICTURES)]
 
 
 class Run:
     """One training run, a step at a time."""
 
-    def __init__(self, preset: Preset, device: torch.device, precision: Precision, steps: int) -> None:
-        torch.manual_seed(preset.train.seed)
+    def __init__(self, combination: Combination, samples: Sequence[Sample], device: torch.device, steps: int) -> None:
+        preset = recipe(combination)
+        torch.manual_seed(combination.seed)
         self.detector = build(preset.detector)
         self.network = self.detector.network.to(device).to(memory_format=torch.channels_last)
-        self.config: TrainConfig = preset.train
-        self.device, self.precision, self.steps = device, precision, steps
-        freeze(self.network, self.config)
+        self.config, self.steps = preset.train, steps
+        freeze(self.network, self.config, self.config.freeze_stages)
         self.optimizer = make_optimizer(self.network, self.config)
+        self.gradients = Gradients(self.detector, precision=combination.precision, micro_batches=1, processes=ALONE)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.state = [t for t in self.network.state_dict().values() if t.is_floating_point()]
+        self.samples, self.generator = samples, np.random.default_rng(combination.seed)
+        self.size = combination.batch
+        size, anchors = preset.detector.preprocess, preset.detector.require_anchors()
+        self.anchors, self.variances = tile_anchors(anchors, size.height, size.width).to(device), anchors.variances
 
-    def step(self, batch: Batch, index: int, tally: Tally) -> float:
+    def step(self, index: int, tally: Tally) -> float:
         """Train on a batch, count what is not finite, and return the loss."""
+        chosen = self.generator.choice(len(self.samples), self.size, replace=False)
+        batch = collate([self.samples[i] for i in chosen])
+        begin = time.process_time()
         factor = learning_rate(self.config, index, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        images = batch.images.to(self.device, memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext():
-            raw = self.network(images)
-        loss = self.detector.criterion(raw, batch.targets.to(self.device))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
+        pulled = self.gradients(batch)
+        loss, raw = pulled.loss, pulled.raw
         # A norm is finite only if all it is computed from is finite.
-        norm: Tensor = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
         self.optimizer.step()
+        tally.seconds += time.process_time() - begin
         tally.steps += 1
         tally.loss += not all(bool(term.isfinite()) for term in (loss.total, *loss.parts.values()))
         tally.gradients += not bool(norm.isfinite())
+        refined = decode(raw.arm_offsets.float(), self.anchors, self.variances)
+        boxes = decode(raw.odm_offsets.float(), refined, self.variances)
+        tally.boxes += not bool(refined.isfinite().all() & boxes.isfinite().all())
         tally.weights += not bool(nn.utils.get_total_norm(self.state).isfinite())
         return float(loss.total.detach())
 
-
-def train(run: Run, batches: Sequence[Batch], tally: Tally) -> None:
-    """Train to the end or to the first step that is not finite."""
-    losses: list[float] = []
-    before = tally.failures
-    begin = time.monotonic()
-    for index, batch in enumerate(batches):
-        losses.append(run.step(batch, index, tally))
-        if tally.failures > before:
-            break
-    tally.seconds += time.monotonic() - begin
-    tenth = max(1, len(batches) // 10)
-    tally.first += float(np.mean(losses[:tenth]))
-    tally.last += float(np.mean(losses[-tenth:]))
+    def train(self) -> Tally:
+        """Train to the end or to the first step that is not finite."""
+        tally = Tally(runs=1)
+        losses: list[float] = []
+        while len(losses) < self.steps and not tally.failures:
+            losses.append(self.step(len(losses), tally))
+        tenth = max(1, self.steps // 10)
+        tally.first, tally.last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
+        return tally
 
 
-def measure(
-    seeds: int, steps: int, device: torch.device, rates: Sequence[float], norms: Sequence[str]
-) -> dict[Combination, Tally]:
-    """Run every combination for every seed, and print to stderr how far it is."""
-    tallies = {Combination(*c): Tally() for c in itertools.product(BATCHES, PRECISIONS, rates, norms)}
+class Store:
+    """Finished runs, in a file if there is one.
+
+    Args:
+        path: the file, or None.
+        steps: of each run; those of the file must be as long.
+    """
+
+    def __init__(self, path: Path | None, steps: int) -> None:
+        self.path, self.steps = path, steps
+        self.done: dict[str, Tally] = {}
+        if path is not None and path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["steps"] != steps:
+                raise SystemExit(f"{path}: its runs have {content['steps']:,} steps, not {steps:,}")
+            self.done = {name: Tally(**tally) for name, tally in content["runs"].items()}
+
+    def add(self, combination: Combination, tally: Tally) -> None:
+        """Keep a run."""
+        self.done[str(combination)] = tally
+        if self.path is not None:
+            runs = {name: asdict(tally) for name, tally in self.done.items()}
+            write_json(self.path, {"torch": str(torch.__version__), "steps": self.steps, "runs": _plain(runs)})
+
+
+def _plain(runs: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Leave out the losses of runs that failed, which JSON has no form for."""
+    return {n: {k: v if np.isfinite(v) else 0.0 for k, v in run.items()} for n, run in runs.items()}
+
+
+def measure(wanted: Sequence[Combination], store: Store, device: torch.device, minutes: float) -> None:
+    """Do the runs that are not done yet, as long as there is time, and print to stderr how far it is."""
+    begin, seed, samples = time.process_time(), -1, list[Sample]()
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(seeds):
-            dataset = draw_pictures(Path(folder), seed)
-            # The samples depend on neither precision, rate nor normalisation.
-            batches = {
-                size: make_batches(dataset, recipe(Combination(size, "fp32", rates[0], norms[0]), seed), steps)
-                for size in BATCHES
-            }
-            for combination, tally in tallies.items():
-                run = Run(recipe(combination, seed), device, combination.precision, steps)
-                train(run, batches[combination.batch], tally)
-            failures = sum(tally.failures for tally in tallies.values())
-            print(f"{seed + 1} of {seeds} seeds: {failures} not finite", file=sys.stderr)
-    return tallies
+        for number, combination in enumerate(wanted, start=1):
+            if str(combination) in store.done:
+                continue
+            if combination.seed != seed:
+                seed = combination.seed
+                samples = make_samples(draw_pictures(Path(folder), seed), seed)
+            tally = Run(combination, samples, device, store.steps).train()
+            store.add(combination, tally)
+            print(
+                f"{number} of {len(wanted)}: {combination}: {tally.failures} not finite in {tally.steps:,} steps, "
+                f"{1000 * tally.seconds / tally.steps:.0f} ms a step",
+                file=sys.stderr,
+                flush=True,
+            )
+            if time.process_time() - begin > minutes * 60:
+                return
 
 
-def table(tallies: dict[Combination, Tally], seeds: int) -> str:
-    """Lay the counts out, one combination a line."""
+def table(wanted: Sequence[Combination], store: Store) -> str:
+    """Lay the counts of the finished runs out, one batch size, precision and rate a line."""
+    rows: dict[tuple[int, Precision, float], Tally] = {}
+    for c in sorted(wanted, key=lambda c: (c.batch, PRECISIONS.index(c.precision), c.lr)):
+        if str(c) in store.done:
+            rows.setdefault((c.batch, c.precision, c.lr), Tally()).add(store.done[str(c)])
     head = (
-        f"{'batch':>5}  {'precision':9}  {'lr':>6}  {'norm':7}  {'steps':>6}  {'loss':>5}  {'gradients':>9}  "
-        f"{'weights':>7}  {'loss from':>9}  {'to':>6}  {'ms/step':>7}"
+        f"{'batch':>5}  {'precision':9}  {'lr':>6}  {'runs':>4}  {'steps':>7}  {'loss':>5}  {'gradients':>9}  "
+        f"{'boxes':>5}  {'weights':>7}  {'loss from':>9}  {'to':>6}  {'ms/step':>7}"
     )
     lines = [
-        f"{c.batch:5}  {c.precision:9}  {c.lr:6g}  {c.norm:7}  {t.steps:6}  {t.loss:5}  {t.gradients:9}  "
-        f"{t.weights:7}  {t.first / seeds:9.2f}  {t.last / seeds:6.2f}  {1000 * t.seconds / t.steps:7.1f}"
-        for c, t in tallies.items()
+        f"{batch:5}  {precision:9}  {lr:6g}  {t.runs:4}  {t.steps:7,}  {t.loss:5}  {t.gradients:9}  {t.boxes:5}  "
+        f"{t.weights:7}  {t.first / t.runs:9.2f}  {t.last / t.runs:6.2f}  {1000 * t.seconds / t.steps:7.1f}"
+        for (batch, precision, lr), t in rows.items()
     ]
     return "\n".join([head, *lines])
+
+
+def time_steps(wanted: Sequence[Combination], device: torch.device, steps: int) -> str:
+    """Measure a few steps of each batch size and precision, and say how long all runs together would take."""
+    with tempfile.TemporaryDirectory() as folder:
+        samples = make_samples(draw_pictures(Path(folder), 0), 0)
+    cost: dict[tuple[int, Precision], float] = {}
+    for batch in BATCHES:
+        for precision in PRECISIONS:
+            run, tally = Run(Combination(0, batch, precision, RATES[0], "learned"), samples, device, steps), Tally()
+            for index in range(WARM_UP + TIMED):
+                if index == WARM_UP:
+                    begin = time.process_time()
+                run.step(index, tally)
+            cost[batch, precision] = (time.process_time() - begin) / TIMED
+    lines = [f"{batch:5}  {precision:9}  {1000 * seconds:7.1f}" for (batch, precision), seconds in cost.items()]
+    total = sum(cost[c.batch, c.precision] for c in wanted) * steps
+    head = f"{'batch':>5}  {'precision':9}  {'ms/step':>7}"
+    return "\n".join(
+        [head, *lines, f"{len(wanted)} runs of {steps:,} steps: {total / 60:.0f} minutes of the processor"]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the options, measure, print the table, and return the exit code."""
     parser = argparse.ArgumentParser(description="Count steps of training that are not finite.")
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=200, help="of each run")
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=1000, help="of each run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep finished runs here, and do them once")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="of the processor; then begin no other run")
+    parser.add_argument("--time", action="store_true", help="measure a few steps of each batch size, and do no run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="cpu")
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates")
-    parser.add_argument("--norms", choices=NORMS, nargs="+", default=NORMS, help="of the backbone")
     options = parser.parse_args(argv)
     if min(options.seeds, options.steps, options.threads) < 1:
         parser.error("--seeds, --steps and --threads must be at least 1")
     torch.set_num_threads(options.threads)
     name: DeviceName = options.device
-    begin = time.monotonic()
-    tallies = measure(options.seeds, options.steps, select_device(name), options.rates, options.norms)
-    print(table(tallies, options.seeds))
-    failures, steps = sum(t.failures for t in tallies.values()), sum(t.steps for t in tallies.values())
-    print(f"{failures} not finite in {steps:,} steps; {time.monotonic() - begin:.0f} s")
-    return 1 if failures else 0
+    wanted = list(combinations(options.seeds))
+    if options.time:
+        print(time_steps(wanted, select_device(name), options.steps))
+        return 0
+    store = Store(options.json, options.steps)
+    measure(wanted, store, select_device(name), options.minutes)
+    print(table(wanted, store))
+    whole = Tally()
+    for combination in wanted:
+        whole.add(store.done.get(str(combination), Tally()))
+    print(
+        f"{whole.failures} not finite in {whole.steps:,} steps of {whole.runs} runs out of {len(wanted)}; "
+        f"{whole.seconds / 60:.0f} minutes of the processor"
+    )
+    return 1 if whole.failures else 0
 
 
 if __name__ == "__main__":

@@ -59,3 +59,11 @@ class PartialError(RefineDetError):
     """Some of the work was done and some could not be."""
 
     exit_code = 8
+
+
+class ToldElsewhere(RefineDetError):
+    """Another process of the same command tells what went wrong; this one ends with its exit code and says nothing."""
+
+    def __init__(self, message: str, hint: str | None, exit_code: int) -> None:
+        super().__init__(message, hint)
+        self.exit_code = exit_code

@@ -1,23 +1,29 @@
-"""What all tests share: tolerances, the command line, sample data, and a closed door to the network."""
+"""What all tests share: tolerances, the command line, drawn and sample data, and a closed door to the network."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from refinedet_cli.core.build import build
-from refinedet_cli.core.config import DetectorConfig
+from refinedet_cli.core.config import Classes, DetectorConfig
+from refinedet_cli.core.layers import AnchorHead
 from refinedet_cli.core.structures import Detections
+from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.zoo.checkpoint import save_checkpoint
 
 # Cases are the same in every run, and a busy machine fails none.
@@ -40,6 +46,11 @@ class Finished(NamedTuple):
     code: int
     stdout: str
     stderr: str
+
+    def document(self) -> Any:
+        """Read what a call with --json printed; it must have ended well."""
+        assert self.code == 0, self.stderr
+        return json.loads(self.stdout)
 
 
 class NetworkError(AssertionError):
@@ -104,6 +115,103 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def draw_squares() -> Callable[..., dict[str, Any]]:
+    """Draw squares on dark noise, picture by picture, and describe them as a COCO document, which is not written.
+
+    ``draw_squares(folder, [[3], [3, 4]], {3: ("red", (200, 30, 30)), 4: ...})`` leaves 0.png and 1.png; ``limits`` are
+    the lowest left, top and side of a square and the bounds that they stay below, px.
+    """
+
+    def draw(
+        folder: Path,
+        labels: Sequence[Sequence[int]],
+        categories: Mapping[int, tuple[str, tuple[int, int, int]]],
+        *,
+        seed: int,
+        size: tuple[int, int] = (64, 64),
+        limits: tuple[tuple[int, int, int], tuple[int, int, int]] = ((0, 0, 14), (30, 30, 30)),
+    ) -> dict[str, Any]:
+        generator = np.random.default_rng(seed)
+        width, height = size
+        images, annotations = [], []
+        for i, of_picture in enumerate(labels):
+            pixels = generator.integers(0, 60, (height, width, 3), dtype=np.uint8)
+            for label in of_picture:
+                left, top, side = (int(v) for v in generator.integers(*limits))
+                pixels[top : top + side, left : left + side] = categories[label][1]
+                box = {"bbox": [left, top, side, side], "area": side * side, "iscrowd": 0}
+                annotations.append({"id": len(annotations), "image_id": i, "category_id": label, **box})
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+            images.append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
+        named = [{"id": label, "name": name} for label, (name, _) in categories.items()]
+        return {"images": images, "annotations": annotations, "categories": named}
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def make_record() -> Callable[..., Record]:
+    """Describe a picture, which need not be there, and its objects: ``make_record(path, boxes, [1, 2], crowd=...)``.
+
+    Unless told otherwise it has 64 x 64 px and image id 0, its objects are of class 1 with the areas of their boxes
+    and ids from 0, and none is a crowd or difficult.
+    """
+
+    def make(path: Path, boxes: Any, labels: Sequence[int] | None = None, **changes: Any) -> Record:
+        table = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+        count = len(table)
+        made = Record(
+            image_id=0,
+            path=path,
+            width=64,
+            height=64,
+            boxes=table,
+            labels=np.ones(count, np.int64) if labels is None else np.array(labels, dtype=np.int64),
+            areas=(table[:, 2:] - table[:, :2]).prod(axis=1),
+            crowd=np.zeros(count, bool),
+            difficult=np.zeros(count, bool),
+            annotation_ids=np.arange(count),
+            file_name=path.name,
+        )
+        return replace(made, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def dataset_of(make_record: Callable[..., Record]) -> Callable[..., Dataset]:
+    """Make a data set of pictures that are not there, one for each list of labels: ``dataset_of([[1, 2], [1], []])``.
+
+    Every object fills the upper left quarter; ``crowds`` names (picture, place) pairs.
+    """
+
+    def make(
+        labels: Sequence[Sequence[int]],
+        *,
+        crowds: Collection[tuple[int, int]] = (),
+        names: Sequence[str] = ("a", "b", "c"),
+        size: tuple[int, int] = (64, 64),
+    ) -> Dataset:
+        width, height = size
+        records = [
+            make_record(
+                Path(f"{i}.png"),
+                [[0, 0, width / 2, height / 2]] * len(own),
+                own,
+                crowd=np.array([(i, place) in crowds for place in range(len(own))], dtype=bool),
+                image_id=i,
+                width=width,
+                height=height,
+            )
+            for i, own in enumerate(labels)
+        ]
+        classes = Classes(names=tuple(names), category_ids=tuple(range(1, len(names) + 1)))
+        return Dataset("made up", classes, tuple(records))
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def save_random() -> Callable[[Path, DetectorConfig], Path]:
     """Save a seeded random detector whose scores differ from box to box, so that it finds something everywhere."""
 
@@ -112,7 +220,7 @@ def save_random() -> Callable[[Path, DetectorConfig], Path]:
             torch.manual_seed(0)
             network = build(config).network
             for name, parameter in network.named_parameters():
-                if name.startswith(("arm", "odm")):
+                if name.startswith(("arm", "odm", "head")):
                     torch.nn.init.normal_(parameter, std=0.1 if parameter.ndim > 1 else 1.0)
         save_checkpoint(path, config, network.state_dict(), {})
         return path
@@ -134,8 +242,9 @@ def save_spread() -> Callable[[Path, DetectorConfig], Path]:
             torch.manual_seed(0)
             network = build(config).network
             raw = _spread_heads(network, _pictures_to_spread_on(config), config)
-        assert float(raw.odm_logits.std(dim=1).mean()) >= 2
-        assert float(raw.odm_logits.std(dim=0).mean()) >= 1  # told apart by picture, not by place alone
+        logits = raw.logits if config.family == "ssd" else raw.odm_logits
+        assert float(logits.std(dim=1).mean()) >= 2
+        assert float(logits.std(dim=0).mean()) >= 1  # told apart by picture, not by place alone
         save_checkpoint(path, config, network.state_dict(), {})
         return path
 
@@ -162,7 +271,7 @@ def _spread_heads(network: Any, inputs: torch.Tensor, config: DetectorConfig) ->
     network.train()(inputs)
     network.eval()
     given: dict[torch.nn.Module, torch.Tensor] = {}
-    heads = [head for head in (network.arm, network.odm) if head is not None]
+    heads = [module for module in network.modules() if isinstance(module, AnchorHead)]
     levels = [(head, level) for head in heads for level in head.levels]
     for _, level in levels:
         torch.nn.init.normal_(level.weight)

@@ -6,7 +6,6 @@ reader of a pipe went away, which is what a shell reports for any program stoppe
 
 from __future__ import annotations
 
-import errno
 import inspect
 import os
 import re
@@ -30,12 +29,14 @@ from refinedet_cli.cli.eval import evaluate
 from refinedet_cli.cli.export import export
 from refinedet_cli.cli.output import current_invocation, invocation, write_document, write_error
 from refinedet_cli.cli.train import train
+from refinedet_cli.cli.weights_import import weights_import
 from refinedet_cli.cli.weights_info import weights_info
 from refinedet_cli.cli.weights_list import weights_list
 from refinedet_cli.cli.weights_pull import weights_pull
 from refinedet_cli.cli.weights_push import weights_push
 from refinedet_cli.engine.memory import is_out_of_memory
-from refinedet_cli.errors import RefineDetError
+from refinedet_cli.errors import RefineDetError, ToldElsewhere
+from refinedet_cli.files import DISK_ERRNOS
 
 PROGRAM = "refinedet"
 INTERRUPTED = 130
@@ -54,9 +55,6 @@ _TYPES = {
     8: "partial",
     INTERRUPTED: "interrupted",
 }
-
-# Failures of the file system that no program can avoid; any other OSError that arrives here is a bug.
-_DISK_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 app = typer.Typer(
     name=PROGRAM,
@@ -180,7 +178,14 @@ _register(
     "refinedet train --data signs --out runs/signs",
     "refinedet train --data signs/train.json --val signs/val.json --out runs/signs --set train.epochs=30",
 )
-weights_app = _group("weights", "List, fetch, publish and describe weights.")
+weights_app = _group("weights", "List, fetch, import, publish and describe weights.")
+_register(
+    weights_app,
+    "import",
+    weights_import,
+    "refinedet weights import RefineDet512_VOC_final.pth",
+    "refinedet weights import ships.pth --classes ships.txt --size 512 --out ships.safetensors --json",
+)
 _register(
     weights_app,
     "info",
@@ -241,11 +246,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     options = args[: args.index("--")] if "--" in args else args
-    with invocation(_command_name(args), json="--json" in options):
+    with invocation(_command_name(args), json="--json" in options, arguments=args):
         try:
             return _invoke(args or ["--help"])
         except BrokenPipeError:
             return PIPE_CLOSED
+        except ToldElsewhere as told:
+            return told.exit_code
         except KeyboardInterrupt:
             failure = Failure(INTERRUPTED, "interrupted")
         except Exception as error:  # the last stop: what is not the user's doing is shown as a bug
@@ -306,7 +313,8 @@ def _expected(error: Exception) -> Failure | None:
     if is_out_of_memory(error):
         first_line = str(error).strip().partition("\n")[0] or "out of memory"
         return Failure(_DEVICE, first_line, "lower --batch, or choose another --device")
-    if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
+    # Any other OSError that arrives here is a bug.
+    if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
         place = f"{error.filename}: " if error.filename is not None else ""
         return Failure(_DATA, f"{place}{error.strerror}", "check permissions and free space, or choose another place")
     return None

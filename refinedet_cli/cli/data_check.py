@@ -68,7 +68,7 @@ def data_check(
         typer.Option(
             "--weights",
             metavar="NAME|FILE",
-            help="The detector whose anchors and input size boxes are matched with.",
+            help="The detector whose anchors or grid, and input size, boxes are matched with.",
             show_default="those of the preset",
             rich_help_panel=MODEL,
         ),
@@ -84,8 +84,9 @@ def data_check(
 
     All parts are looked at, and the work always goes to its end: broken files, sizes and EXIF orientation that
     contradict the annotation, impossible boxes, unknown and unused classes, the same picture twice or in two parts, and
-    boxes that no anchor can reach. The data is never changed. Exit code 4 means errors. With --out, that folder gets
-    findings.json with every single finding, and the worst pictures with their boxes.
+    boxes that no anchor can reach, or that share a cell of the grid. The data is never changed. Exit code 4 means
+    errors. With --out, that folder gets findings.json with every single finding, and the worst pictures with their
+    boxes.
     """
     output = Output(json=json, quiet=quiet)
     if weights is not None and preset is not None:
@@ -142,7 +143,7 @@ def _write(out: Path, check: DataCheck, source: str) -> list[str]:
 
 
 def _document(check: DataCheck, source: str) -> dict[str, Any]:
-    reach = check.reach
+    reach, cells = check.reach, check.cells
     return {
         "data": source,
         "depth": check.depth,
@@ -161,6 +162,15 @@ def _document(check: DataCheck, source: str) -> dict[str, Any]:
             "objects": reach.objects,
             "missed": reach.missed.total,
             **{name: getattr(reach.missed, name) for name in ("too_small", "too_large", "shape", "position")},
+        },
+        "cells": None
+        if cells is None
+        else {
+            "preset": cells.preset,
+            "input_size": {"height": cells.input_size[0], "width": cells.input_size[1]},
+            "grid": {"rows": cells.grid[0], "columns": cells.grid[1]},
+            "objects": cells.objects,
+            "left_out": cells.left_out,
         },
     }
 
@@ -205,6 +215,8 @@ def _setting_table(check: DataCheck, source: str) -> Table:
     table.add_row("Pictures", looked[check.depth])
     if check.reach is not None:
         table.add_row("Anchors", str(check.reach))
+    if check.cells is not None:
+        table.add_row("Grid", str(check.cells))
     return table
 
 

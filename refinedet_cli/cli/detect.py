@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from refinedet_cli.core.config import Classes
     from refinedet_cli.data.listing import ImageList
     from refinedet_cli.engine.detect import DetectOptions, DetectResult, Progress
-    from refinedet_cli.engine.detect_shards import Shard
     from refinedet_cli.engine.detect_store import Summary
+    from refinedet_cli.engine.distributed import Shard
     from refinedet_cli.engine.predict import AnyPredictor
     from refinedet_cli.engine.results import PictureRecord
 
@@ -134,6 +134,10 @@ def detect(
     output = Output(json=json, quiet=quiet)
     _check_options(sources, out, null=null, asked={"--resume": resume, "--crops": crops, "--also": bool(also)})
     if videos := videos_of(sources):
+        from refinedet_cli.engine.distributed import Shard
+
+        if shard := Shard.from_environment(os.environ):
+            raise UsageError(f"this is {shard}, and a video is the work of one process", "leave torchrun out")
         _refuse_for_videos({"--resume": resume, "--crops": crops, "--also": bool(also), "--class": bool(only_classes)})
         found_by = _open(weights, device, precision, multi_scale, (tile, tile_overlap), batch)
         _announce(output, found_by, score=score, draw=out is not None and not no_draw)
@@ -145,8 +149,8 @@ def detect(
             output.note(f"left out {counted(images.left_out, 'picture')} that an earlier run has written into {out}")
 
         from refinedet_cli.engine.detect import DetectOptions
-        from refinedet_cli.engine.detect_shards import Shard, own_device
         from refinedet_cli.engine.device import select_device
+        from refinedet_cli.engine.distributed import Shard, own_device
         from refinedet_cli.engine.open_predictor import open_predictor
         from refinedet_cli.engine.predict import default_batch
         from refinedet_cli.engine.tiling import make_tiling

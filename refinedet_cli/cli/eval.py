@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 from rich.progress import TaskID
 
 from refinedet_cli.cli.downloads import on_disk
-from refinedet_cli.cli.eval_tables import (
-    Comparison,
-    Detector,
-    Measured,
-    MetricName,
-    document_of,
-    reasons_document,
-    scope_of,
-    tables_of,
-)
+from refinedet_cli.cli.eval_files import SEED, WORKERS, full_document, write_files, write_page
+from refinedet_cli.cli.eval_tables import Comparison, Detector, Measured, MetricName, scope_of, tables_of
 from refinedet_cli.cli.options import (
     DATA,
     OUTPUT,
@@ -44,7 +36,8 @@ from refinedet_cli.cli.options import (
     WorkersOpt,
     refuse_file,
 )
-from refinedet_cli.cli.output import SCHEMA_VERSION, Output
+from refinedet_cli.cli.output import Output
+from refinedet_cli.cli.together import processes, together
 from refinedet_cli.core.presets import POSTPROCESS_PRESETS
 from refinedet_cli.errors import UsageError
 
@@ -57,18 +50,14 @@ if TYPE_CHECKING:
     from refinedet_cli.metrics.intervals import Estimates
     from refinedet_cli.metrics.voc import Overlap, Pixels, VocResult, VocRules
 
-METRICS_NAME = "metrics.json"
 NUMBERS = "Numbers"
 
-_DEFAULT_WORKERS = 4
 _DEFAULT_ROUNDS = 1000
-_SEED = 0
-# Pictures on which a report looks at the anchors before and after they move.
-_REFINEMENT_PICTURES = 200
 
 EngineName = Literal["auto", "pycocotools", "hotcoco"]
 
 
+@together
 def evaluate(
     dataset: DatasetOpt,
     split: SplitOpt = "val",
@@ -180,6 +169,9 @@ def evaluate(
     by name; where the detector knows only some, only these are scored, and the result says so. With --out, that folder
     gets metrics.json and, of a detector, detections.json: a COCO data set with scores, which leads pycocotools and
     --from to the same numbers.
+
+    Several processes share the pictures when torchrun starts them: torchrun --nproc-per-node 4 --no-python refinedet
+    eval ...
     """
     output = Output(json=json, quiet=quiet)
     refuse_file(out)
@@ -212,6 +204,8 @@ def evaluate(
     data = open_dataset(dataset, split=split, images=images, root=root)
     part = split if find_splits(dataset, root) else None
 
+    if saved is not None and not processes().first:
+        return
     other = None if compare is None else _read(compare, data)
     if saved is not None:
         found = _Found(*_read(saved, data))
@@ -227,10 +221,12 @@ def evaluate(
             batch,
         )
         found = _Found(detector, _detect(output, data, detector, batch, workers))
+    if not processes().first:
+        return
     with output.progress("Computing numbers") as bars:
         bars.add_task("", total=None)
         measured = _measure((dataset, part, data), asked, found, other)
-    reasons = None if report is None else _write_page(output, measured, data, report)
+    reasons = None if report is None else write_page(output, measured, report)
     _report(output, measured, out, report, reasons)
 
 
@@ -319,7 +315,7 @@ def _load(
     from refinedet_cli.engine.results import origin_of
     from refinedet_cli.engine.tiling import make_tiling
 
-    chosen = select_device(device)
+    chosen = processes().device(select_device(device))
     predictor = open_predictor(
         weights,
         device=chosen,
@@ -353,8 +349,9 @@ def _detect(output: Output, data: Dataset, made: Detector, batch: int | None, wo
             made.predictor,
             data,
             batch=batch or default_batch(made.predictor.device),
-            workers=_DEFAULT_WORKERS if workers is None else workers,
+            workers=WORKERS if workers is None else workers,
             on_progress=show,
+            processes=processes(),
         )
     if remark := remark_on_limits(made.predictor, [(r.width, r.height) for r in collected.records]):
         output.note(remark)
@@ -384,7 +381,7 @@ def _measure(source: tuple[str, str | None, Dataset], asked: _Asked, found: _Fou
         result=result,
         intervals=intervals,
         comparison=comparison,
-        seed=_SEED,
+        seed=SEED,
         notes=(*collected.notes, *notes),
     )
 
@@ -400,7 +397,7 @@ def _intervals(asked: _Asked, found: _Found, other: _Saved | None) -> tuple[Esti
     if other is not None:
         # Before the work: the two may not be comparable.
         theirs = in_classes_of(other.collected, collected)
-    drawn = draw_pictures(len(collected.records), asked.rounds, _SEED)
+    drawn = draw_pictures(len(collected.records), asked.rounds, SEED)
     rounds = resample(collected, drawn, rules)
     if other is None:
         return estimates(rounds), None
@@ -430,61 +427,17 @@ def _download(output: Output, dataset: str, split: str, root: Path | None) -> No
         output.note(f"downloaded and unpacked {archive}")
 
 
-def _write_page(output: Output, measured: Measured, data: Dataset, path: Path) -> Reasons:
-    """Write the page and tell what lies behind the score."""
-    from refinedet_cli.cli.eval_page import page_of
-    from refinedet_cli.engine.report import write_report
-
-    with output.progress("Explaining") as bars:
-        task = bars.add_task("", total=None)
-        refinement = None
-        made = measured.made
-        predictor = made.predictor if isinstance(made, Detector) else None
-        from refinedet_cli.engine.predict import Predictor, default_batch
-
-        # An exported file gives detections alone, not what its network made of the anchors.
-        if isinstance(predictor, Predictor) and predictor.config.network.arm and data.objects:
-            from refinedet_cli.engine.anchor_refinement import measure_refinement
-
-            refinement = measure_refinement(
-                predictor.loaded,
-                data,
-                pictures=_REFINEMENT_PICTURES,
-                seed=_SEED,
-                device=predictor.device,
-                batch=default_batch(predictor.device),
-                workers=_DEFAULT_WORKERS,
-                on_progress=lambda done, total: bars.update(task, completed=done, total=total),
-            )
-        page = page_of(measured, refinement)
-        write_report(path, page)
-    return page.reasons
-
-
 def _report(output: Output, measured: Measured, out: Path | None, page: Path | None, reasons: Reasons | None) -> None:
     """Write the files, the remarks and the result."""
-    document = {**document_of(measured), "reasons": None if reasons is None else reasons_document(reasons)}
     files: dict[str, str | None] = {"detections_file": None, "metrics_file": None}
     if out is not None:
-        files = _write(out, measured, document)
+        written = write_files(out, measured, reasons)
+        files = {f"{name}_file": None if path is None else str(path) for name, path in written._asdict().items()}
     files["report_file"] = None if page is None else str(page)
     for note in measured.notes:
         output.note(note)
     if not measured.collected.complete:
         output.warn(f"not every object was scored: {scope_of(measured)}")
-    output.result({**document, **files}, *tables_of(measured))
-    if written := [path for path in files.values() if path]:
-        output.note(f"wrote {' and '.join(written)}")
-
-
-def _write(out: Path, measured: Measured, document: dict[str, Any]) -> dict[str, str | None]:
-    from refinedet_cli.data.files import write_json
-    from refinedet_cli.engine.results import RESULTS_NAME, write_results
-
-    detections_file, metrics_file = out / RESULTS_NAME, out / METRICS_NAME
-    made, collected = measured.made, measured.collected
-    is_new = isinstance(made, Detector)
-    if isinstance(made, Detector):
-        write_results(detections_file, collected.pictures, collected.classes, made.origin)
-    write_json(metrics_file, {"schema_version": SCHEMA_VERSION, "command": "eval", **document})
-    return {"detections_file": str(detections_file) if is_new else None, "metrics_file": str(metrics_file)}
+    output.result({**full_document(measured, reasons), **files}, *tables_of(measured))
+    if names := [path for path in files.values() if path]:
+        output.note(f"wrote {' and '.join(names)}")

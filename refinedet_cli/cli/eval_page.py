@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def page_of(measured: Measured, refinement: Refinement | None) -> Page:
-    """Explain what was measured; ``refinement`` where a detector with an ARM was run."""
+    """Explain what was measured; ``refinement`` where a detector with anchors was run."""
     from refinedet_cli import __version__
     from refinedet_cli.engine.reasons import find_reasons
     from refinedet_cli.engine.report import Number, Page, SourcePicture

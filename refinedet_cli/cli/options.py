@@ -41,6 +41,19 @@ def refuse_file(out: Path | None) -> None:
         raise UsageError(f"--out {out} is a file", "name a folder")
 
 
+def read_batch(text: str | None) -> int | Literal["auto"] | None:
+    """Read the value of --batch where it may be auto.
+
+    Raises:
+        UsageError: it is neither that nor a number from 1 on.
+    """
+    if text is None or text == "auto":
+        return text  # type: ignore[return-value]
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--batch {text!r} is no number of pictures", "give a whole number from 1 on, or auto")
+    return int(text)
+
+
 # Model ---------------------------------------------------------------------------------------------------------------
 
 # = None
@@ -288,6 +301,17 @@ BatchOpt = Annotated[
         metavar="N",
         help="Pictures computed together.",
         show_default="of the config when training, else to fit the device",
+        rich_help_panel=RUNTIME,
+    ),
+]
+# = None; its own type, since only training can look for one
+TrainBatchOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--batch",
+        metavar="N|auto",
+        help="Pictures of one training step; auto tries which is the largest that fits the device and is of use.",
+        show_default="of the config",
         rich_help_panel=RUNTIME,
     ),
 ]

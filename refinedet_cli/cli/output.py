@@ -12,7 +12,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -39,20 +39,24 @@ class Invocation:
         command: the command's name, or None where none of the known ones was given.
         json: whether ``--json`` stands among the arguments.
         answered: whether a result has been written; stdout then holds all that it may hold.
+        silent: whether another process speaks for this one.
+        arguments: all of them, as given, without the program's name.
     """
 
     command: str | None = None
     json: bool = False
     answered: bool = False
+    silent: bool = False
+    arguments: tuple[str, ...] = ()
 
 
 _invocation: ContextVar[Invocation | None] = ContextVar("invocation", default=None)
 
 
 @contextmanager
-def invocation(command: str | None, *, json: bool) -> Iterator[Invocation]:
+def invocation(command: str | None, *, json: bool, arguments: Sequence[str] = ()) -> Iterator[Invocation]:
     """Make an `Invocation` the current one for the length of a ``with`` block."""
-    current = Invocation(command=command, json=json)
+    current = Invocation(command=command, json=json, arguments=tuple(arguments))
     token = _invocation.set(current)
     try:
         yield current
@@ -144,6 +148,8 @@ class Output:
         current = current_invocation()
         if current.answered:
             raise RuntimeError("a command writes one result")
+        if current.silent:
+            return
         if self.json:
             write_document(document)
         else:
@@ -154,12 +160,13 @@ class Output:
 
     def note(self, text: str) -> None:
         """Write a remark to stderr; silent under ``quiet``."""
-        if not self.quiet:
+        if not self.quiet and not current_invocation().silent:
             self._stderr.print(Text(text), soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Write a warning to stderr, also under ``quiet``."""
-        self._stderr.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+        if not current_invocation().silent:
+            self._stderr.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
 
     @contextmanager
     def progress(self, description: str) -> Iterator[Bars]:
@@ -172,7 +179,8 @@ class Output:
             `Bars` without tasks. It shows nothing under ``json`` or ``quiet`` and without a
             terminal, yet takes the same calls, so that commands need not ask.
         """
-        hidden = self.json or self.quiet or not sys.stderr.isatty() or self._stderr.is_dumb_terminal
+        silent = self.json or self.quiet or current_invocation().silent
+        hidden = silent or not sys.stderr.isatty() or self._stderr.is_dumb_terminal
         bars = Bars(
             TextColumn(description, markup=False),
             TextColumn("{task.description}", markup=False),

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import signal
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import TaskID
-from rich.table import Table
 
 from refinedet_cli.cli.downloads import downloads
 from refinedet_cli.cli.options import (
@@ -19,7 +13,6 @@ from refinedet_cli.cli.options import (
     OUTPUT,
     RUNTIME,
     BackboneWeightsOpt,
-    BatchOpt,
     ConfigOpt,
     DataOpt,
     DeviceOpt,
@@ -32,19 +25,26 @@ from refinedet_cli.cli.options import (
     RootOpt,
     SeedOpt,
     SetOpt,
+    TrainBatchOpt,
     ValOpt,
     WeightsOpt,
     WorkersOpt,
+    read_batch,
 )
-from refinedet_cli.cli.output import Bars, Output
+from refinedet_cli.cli.output import Output, current_invocation
+from refinedet_cli.cli.together import processes, together
+from refinedet_cli.cli.train_progress import Reporter, Stop
+from refinedet_cli.cli.train_replay import replay_step
+from refinedet_cli.cli.train_report import report_run
+from refinedet_cli.cli.train_tables import forecast_table, result_document, result_tables
 from refinedet_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from refinedet_cli.engine.dry_run import Forecast
-    from refinedet_cli.engine.run_log import StepReport
-    from refinedet_cli.engine.train import EvaluationReport, Report, TrainResult
+    from refinedet_cli.engine.anchor_file import AnchorFile
+    from refinedet_cli.engine.training_session import TrainingSession
 
 
+@together
 def train(
     data: DataOpt = None,
     out: Annotated[
@@ -52,7 +52,7 @@ def train(
         typer.Option(
             "--out",
             metavar="DIR",
-            help="Folder of the run; only --dry-run needs none.",
+            help="Folder of the run; only --dry-run and --preview need none.",
             show_default=False,
             rich_help_panel=OUTPUT,
         ),
@@ -87,7 +87,7 @@ def train(
             rich_help_panel=RUNTIME,
         ),
     ] = None,
-    batch: BatchOpt = None,
+    batch: TrainBatchOpt = None,
     device: DeviceOpt = "auto",
     precision: PrecisionOpt = None,
     workers: WorkersOpt = None,
@@ -112,6 +112,16 @@ def train(
             rich_help_panel=RUNTIME,
         ),
     ] = 0.0,
+    save_every: Annotated[
+        float,
+        typer.Option(
+            "--save-every",
+            min=0.0,
+            metavar="MINUTES",
+            help="Save what --resume needs so often; 0 saves after every step.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = 5.0,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Go on with the run in --out from where it stopped.", rich_help_panel=OUTPUT),
@@ -120,12 +130,42 @@ def train(
         bool,
         typer.Option("--overwrite", help="Replace the run in --out.", rich_help_panel=OUTPUT),
     ] = False,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            "--replay",
+            metavar="FILE",
+            help="Compute the step again that a run which was not finite left as nonfinite.pt, and say what is wrong "
+            "with it; goes with --precision and --device alone.",
+            show_default=False,
+            rich_help_panel=RUNTIME,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
             help="Measure a few steps, say what the run would take, and write nothing.",
             rich_help_panel=RUNTIME,
+        ),
+    ] = False,
+    preview: Annotated[
+        Path | None,
+        typer.Option(
+            "--preview",
+            metavar="FILE.png",
+            help="Draw the first training samples on one sheet, as the network will see them, and train nothing.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    tensorboard: Annotated[
+        bool,
+        typer.Option(
+            "--tensorboard",
+            help="Write the numbers for TensorBoard too, into the folder tensorboard of --out; needs "
+            'pip install "refinedet\\[tensorboard]".',
+            rich_help_panel=OUTPUT,
         ),
     ] = False,
     json: JsonOpt = False,
@@ -136,17 +176,40 @@ def train(
     It starts from the bundled detector unless told otherwise, so that a few hundred pictures and no network are enough.
     A run file given with --config may name data, start and settings; examples/recipes holds those of the paper.
     The folder receives best.safetensors and last.safetensors for detect, eval and export, the resolved config.json,
-    log.csv, metrics.csv, and what --resume needs.
+    log.csv, metrics.csv, what --resume needs, and run.html, a page that explains the run while it goes on and after.
+    At the end, val holds the report of eval on the best weights and the validation data.
+
+    Processes on one machine or several train together when torchrun starts them: torchrun --nproc-per-node 4
+    --no-python refinedet train ... The steps are those of one process, --batch the pictures of all together; a run goes
+    on with --resume in any number of processes. --set train.accumulate=4 runs each step in four parts, for less memory.
     """
     from refinedet_cli.engine import training_session
     from refinedet_cli.engine.anchor_file import read_anchor_file
-    from refinedet_cli.engine.data_check import check_training
+    from refinedet_cli.engine.preview import check_name
 
-    if out is None and not dry_run:
-        raise UsageError("--out is missing", "name a folder for the run; only --dry-run needs none")
+    if replay is not None:
+        others = (
+            *(data, val, images, root, weights, backbone_weights, preset, config, settings, anchors, epochs, batch),
+            *(workers, seed, cache, stop_after, resume, overwrite, dry_run, preview, tensorboard, out),
+        )
+        replay_step(replay, Output(json=json, quiet=quiet), device=device, precision=precision, others=others)
+        return
+    if out is None and not dry_run and preview is None:
+        raise UsageError("--out is missing", "name a folder for the run; only --dry-run and --preview need none")
+    if preview is not None:
+        check_name(preview)
     output = Output(json=json, quiet=quiet)
+    pictures = read_batch(batch)
+    if pictures == "auto" and not resume:
+        output.note("--batch auto: trying out batches")
     # Epochs asked for by name take the place of steps that a run file asks for.
-    overrides = {"epochs": epochs, "steps": epochs and 0, "batch": batch, "precision": precision, "seed": seed}
+    overrides = {
+        "epochs": epochs,
+        "steps": epochs and 0,
+        "batch": None if pictures == "auto" else pictures,
+        "precision": precision,
+        "seed": seed,
+    }
     fitted = None if anchors is None else read_anchor_file(anchors)
     with downloads(output, offline=offline):
         session = training_session.prepare(
@@ -154,7 +217,8 @@ def train(
             val=val,
             images=images,
             root=root,
-            out=out,
+            # A sheet is no run: there may be one in the folder.
+            out=None if preview and not resume else out,
             weights=weights,
             backbone_weights=backbone_weights,
             preset=preset,
@@ -169,9 +233,47 @@ def train(
             cache=cache,
             resume=resume,
             overwrite=overwrite,
+            save_seconds=save_every * 60,
+            find_batch=pictures == "auto",
+            processes=processes(),
+            command=("refinedet", *current_invocation().arguments),
+            tensorboard=tensorboard,
         )
     for note in session.notes:
         output.note(note)
+    _report_data(output, session, fitted)
+    if preview is not None:
+        sheet = session.preview(preview)
+        output.result(
+            {"preview": {"file": preview, "samples": sheet.samples}, "config": session.settings},
+            f"{preview}: {len(sheet.samples)} samples",
+        )
+        return
+    if out is None or dry_run:
+        output.note("measuring a few steps")
+        forecast = session.forecast()
+        output.result({"dry_run": forecast, "config": session.settings}, forecast_table(forecast))
+        return
+    _run(output, session, out, stop_after)
+
+
+def _run(output: Output, session: TrainingSession, out: Path, stop_after: float) -> None:
+    """Train, and tell how it ended."""
+    with output.progress("train") as bars, Stop(stop_after * 60) as stop:
+        result = session.run(Reporter(output, bars), stop.wanted, stop.was_interrupted)
+    if processes().any(stop.interrupted) and not result.finished:
+        if result.steps:
+            output.note(f"stopped after step {result.steps}; go on with the same command and --resume")
+        else:
+            output.note("stopped before the first step; there is nothing to resume")
+        raise KeyboardInterrupt
+    report = report_run(output, session, result) if result.finished and processes().first else None
+    output.result(result_document(result, out, report, session.settings), *result_tables(result, out, report))
+
+
+def _report_data(output: Output, session: TrainingSession, fitted: AnchorFile | None) -> None:
+    from refinedet_cli.engine.data_check import check_training
+
     for severity, line in check_training(session.data, session.validation, session.preset.detector):
         if severity == "note":
             output.note(f"data: {line}")
@@ -180,162 +282,3 @@ def train(
     mismatch = fitted and fitted.mismatch(session.preset.detector)
     if mismatch:
         output.warn(mismatch)
-    if out is None or dry_run:
-        output.note("measuring a few steps")
-        forecast = session.forecast()
-        output.result({"dry_run": forecast, "config": session.settings}, _forecast_table(forecast))
-        return
-    with output.progress("train") as bars, _Stop(stop_after * 60) as stop:
-        result = session.run(_Reporter(output, bars), stop.wanted)
-    if stop.interrupted and not result.finished:
-        output.note(f"stopped after step {result.steps}; go on with the same command and --resume")
-        raise KeyboardInterrupt
-    output.result(_document(result, out, session.settings), *_tables(result, out))
-
-
-class _Stop:
-    """Makes of Ctrl-C, SIGTERM and the time limit a stop between two steps; a second Ctrl-C acts at once."""
-
-    def __init__(self, seconds: float) -> None:
-        self.interrupted = False
-        self._end = time.monotonic() + seconds if seconds else math.inf
-        self._before: dict[signal.Signals, Any] = {}
-
-    def wanted(self) -> bool:
-        return self.interrupted or time.monotonic() > self._end
-
-    def __enter__(self) -> _Stop:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._stop)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _stop(self, number: int, frame: object) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-
-
-class _Reporter:
-    """Turns reports into one bar and a line for each evaluation."""
-
-    def __init__(self, output: Output, bars: Bars) -> None:
-        self.output, self.bars = output, bars
-        self._cache: TaskID | None = None
-        self._steps: TaskID | None = None
-
-    def __call__(self, report: Report) -> None:
-        from refinedet_cli.engine.run_log import StepReport
-        from refinedet_cli.engine.train import CacheReport
-
-        if isinstance(report, CacheReport):
-            if self._cache is None:
-                self._cache = self.bars.add_task("reading pictures", total=report.total)
-            self.bars.update(self._cache, completed=report.done, visible=report.done < report.total)
-        elif isinstance(report, StepReport):
-            if self._steps is None:
-                self._steps = self.bars.add_task("", total=report.steps)
-            self.bars.detail = _step_detail(report)
-            self.bars.update(self._steps, completed=report.step, description=f"epoch {report.epoch:.1f}")
-        else:
-            self.output.note(_evaluation_line(report))
-
-
-def _step_detail(report: StepReport) -> str:
-    parts = ", ".join(f"{name} {value:.2f}" for name, value in report.parts.items())
-    positives = ", ".join(f"{name} {value:.0f}" for name, value in report.positives.items())
-    return (
-        f"loss {report.total:.2f} ({parts}), positives a picture {positives}, "
-        f"lr {report.lr:.1e}, {report.pictures_per_second:.0f} pictures/s"
-    )
-
-
-def _evaluation_line(report: EvaluationReport) -> str:
-    best = "  best so far" if report.is_best else ""
-    return f"epoch {report.epoch:.0f}: AP {_number(report.result.AP)}  AP50 {_number(report.result.AP50)}{best}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _tables(result: TrainResult, out: Path) -> list[Table | str]:
-    table = Table(title="Training" if result.finished else "Training, stopped to be resumed")
-    for column in ("steps", "pictures", "minutes", "AP", "AP50", "AP75", "best AP"):
-        table.add_column(column, justify="right")
-    last = result.result
-    table.add_row(
-        str(result.steps),
-        f"{result.pictures:,}",
-        f"{result.seconds / 60:.1f}",
-        *(_number(value) for value in ((last.AP, last.AP50, last.AP75) if last else (None,) * 3)),
-        _number(result.best),
-    )
-    return [table, f"weights: {out / 'best.safetensors' if result.best is not None else out / 'last.safetensors'}"]
-
-
-def _forecast_table(forecast: Forecast) -> Table:
-    table = Table(title="Dry run: nothing is written", show_header=False)
-    table.add_column("what")
-    table.add_column("figure")
-    for what, figure in _forecast_rows(forecast):
-        table.add_row(what, figure)
-    return table
-
-
-def _forecast_rows(forecast: Forecast) -> Iterator[tuple[str, str]]:
-    height, width = forecast.input_size
-    yield "training data", f"{forecast.pictures:,} pictures, {forecast.objects:,} objects, {forecast.classes} classes"
-    validation = forecast.validation_pictures
-    yield "validation data", "none" if validation is None else f"{validation:,} pictures"
-    yield "input", f"{height} x {width}, batch {forecast.batch}"
-    yield "parameters", f"{forecast.parameters:,}, of which {forecast.trainable:,} are trained"
-    yield "length", f"{forecast.steps:,} steps, {forecast.epochs:.1f} epochs"
-    drops = ", ".join(f"{step:,}" for step in forecast.milestones)
-    yield "learning rate", f"{forecast.lr:g}" + (f", lower after {drops} steps" if drops else "")
-    yield (
-        "a step",
-        f"{forecast.step_seconds:.3g} s (median of {forecast.measured_steps}); "
-        f"reading a batch takes one process {forecast.loading_seconds:.3g} s of it",
-    )
-    yield "training", f"{_hours(forecast.training_hours)}, without evaluation"
-    if forecast.evaluation_hours is not None:
-        yield (
-            "with evaluation",
-            f"{_hours(forecast.training_hours + forecast.evaluation_hours)}, "
-            f"scoring the validation data {_times(forecast.evaluations)}",
-        )
-    if forecast.memory_bytes is not None:
-        yield "memory", f"{_size(forecast.memory_bytes)} at most, of {forecast.memory_of}"
-    yield "on disk", f"{_size(forecast.checkpoint_bytes)} a weights file, {_size(forecast.state_bytes)} resume state"
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count:,} times"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _document(result: TrainResult, out: Path, config: dict[str, Any]) -> dict[str, Any]:
-    last = result.result
-    return {
-        "finished": result.finished,
-        "steps": result.steps,
-        "pictures": result.pictures,
-        "seconds": round(result.seconds, 3),
-        "best_AP": result.best,
-        "AP": last.AP if last else None,
-        "AP50": last.AP50 if last else None,
-        "AP75": last.AP75 if last else None,
-        "weights": str(out / ("best.safetensors" if result.best is not None else "last.safetensors")),
-        "config": config,
-    }

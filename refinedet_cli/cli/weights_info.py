@@ -82,6 +82,9 @@ def _rows(model: Model) -> Iterator[tuple[str, str]]:
     yield "licence", model.licence or "not stated"
     yield "network", f"{config.family}, backbone {config.network.backbone}"
     yield "input", f"{config.preprocess.height} x {config.preprocess.width} px"
+    if config.grid is not None:
+        rows, columns = (side // config.grid.stride for side in (config.preprocess.height, config.preprocess.width))
+        yield "grid", f"{rows} x {columns} cells of {config.grid.stride} px, {config.grid.boxes} boxes each"
     yield f"{len(config.classes)} classes", ", ".join(config.classes.names)
     if scores is None:
         yield "accuracy", "not recorded"

@@ -11,13 +11,16 @@ from refinedet_cli.core.config import AnchorConfig
 def level_sizes(config: AnchorConfig, height: int, width: int) -> list[tuple[int, int]]:
     """Compute the (rows, columns) of each level for an input of a given size, px-in.
 
+    Returns:
+        Cells enough to cover the input: the last of a row or column reaches over its edge where the stride does not
+        divide the side.
+
     Raises:
-        ValueError: the input is not a multiple of the coarsest stride, so levels would not add up.
+        ValueError: a side is not positive.
     """
-    coarsest = max(config.strides)
-    if height % coarsest or width % coarsest or height <= 0 or width <= 0:
-        raise ValueError(f"input must be a positive multiple of {coarsest} on both sides, got {height} x {width}")
-    return [(height // s, width // s) for s in config.strides]
+    if height <= 0 or width <= 0:
+        raise ValueError(f"input must be positive on both sides, got {height} x {width}")
+    return [(-(-height // s), -(-width // s)) for s in config.strides]
 
 
 def anchors_per_cell(config: AnchorConfig) -> tuple[int, ...]:
@@ -57,3 +60,18 @@ def tile_anchors(config: AnchorConfig, height: int, width: int) -> Tensor:
         )
         levels.append(cells.reshape(-1, 4))
     return torch.cat(levels).float()
+
+
+class AnchorCache:
+    """Anchors of the input sizes seen so far, on the device they are asked for."""
+
+    def __init__(self, config: AnchorConfig) -> None:
+        self.config = config
+        self._tiled: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
+
+    def __call__(self, input_size: tuple[int, int], device: torch.device) -> Tensor:
+        """Return float32[A, 4], cxcywh, norm."""
+        key = (input_size, device)
+        if key not in self._tiled:
+            self._tiled[key] = tile_anchors(self.config, *input_size).to(device)
+        return self._tiled[key]

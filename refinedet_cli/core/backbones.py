@@ -1,6 +1,6 @@
-"""Feature extractors: a picture in, maps at strides 8, 16, 32 and 64 out.
+"""Feature extractors: a picture in, maps at strides 8, 16, 32 and 64 out; those of SSD300 go on to a single cell.
 
-Every backbone has ``channels`` (of its four maps) and ``stages`` (its layers cut where the resolution halves, so that
+Every backbone has ``channels`` (of its maps) and ``stages`` (its layers cut where the resolution halves, so that
 training can freeze from the input up), and returns the maps finest first.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import mobilenet_v2, resnet18, resnet50, resnet101
 
-from refinedet_cli.core.config import NetworkConfig
+from refinedet_cli.core.config import SSD_VGG, NetworkConfig
 from refinedet_cli.core.layers import L2Norm, bottleneck, caffe_init, conv_relu, gaussian_init, stride_in_1x1
 from refinedet_cli.errors import ConfigError
 
@@ -24,10 +24,10 @@ from refinedet_cli.errors import ConfigError
 class Backbone(Protocol):
     """What a detector may ask of a backbone."""
 
-    channels: tuple[int, int, int, int]
+    channels: tuple[int, ...]
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """Map float[B, 3, H, W], H and W multiples of 64, to four maps at strides 8, 16, 32, 64."""
+        """Map float[B, 3, H, W] to maps of as many cells as `map_sides` of the config counts."""
 
     def stages(self) -> list[nn.Module]:
         """Name the layers in order, cut where the resolution halves."""
@@ -36,19 +36,21 @@ class Backbone(Protocol):
 class VGG16(nn.Module):
     """VGG-16 with fc6 and fc7 as convolutions, and one extra level.
 
-    Source: official RefineDet code; fc6 is dilated by 3 at stride 32. 320 and 512 are the same network.
+    Source: official RefineDet code; fc6 is dilated by 3 at stride 32 there. 320 and 512 are the same network.
     """
 
     channels = (512, 512, 1024, 512)
 
-    def __init__(self) -> None:
+    def __init__(self, fc6_dilation: int = 3) -> None:
         super().__init__()
         self.conv1 = _vgg_block(3, 64, 2)
         self.conv2 = _vgg_block(64, 128, 2)
         self.conv3 = _vgg_block(128, 256, 3)
         self.conv4 = _vgg_block(256, 512, 3)
         self.conv5 = _vgg_block(512, 512, 3)
-        self.fc6 = nn.Sequential(nn.Conv2d(512, 1024, 3, padding=3, dilation=3), nn.ReLU(inplace=True))
+        self.fc6 = nn.Sequential(
+            nn.Conv2d(512, 1024, 3, padding=fc6_dilation, dilation=fc6_dilation), nn.ReLU(inplace=True)
+        )
         self.fc7 = conv_relu(1024, 1024, 1)
         self.conv6 = nn.Sequential(conv_relu(1024, 256, 1), conv_relu(256, 512, 3, stride=2))
         self.norm4 = L2Norm(512, 10.0)
@@ -62,6 +64,48 @@ class VGG16(nn.Module):
         conv5 = self.conv5(self.pool(conv4))
         fc7 = self.fc7(self.fc6(self.pool(conv5)))
         return [self.norm4(conv4), self.norm5(conv5), fc7, self.conv6(fc7)]
+
+    def stages(self) -> list[nn.Module]:
+        """Name the five convolution blocks."""
+        return [self.conv1, self.conv2, self.conv3, self.conv4, self.conv5]
+
+
+class SSDVGG16(nn.Module):
+    """VGG-16 as SSD300 reads it: its last pooling keeps the resolution, and four extra levels end at a single cell.
+
+    Source: SSD (arXiv:1512.02325), Sec. 3 and Fig. 2, and its official code: pool5 is 3x3 with stride 1, fc6 is dilated
+    by 6, conv4_3 is normalised to length 20; Caffe's poolings cover the edge of an odd map (75 cells make 38).
+    """
+
+    channels = (512, 1024, 512, 256, 256, 256)
+
+    def __init__(self, fc6_dilation: int = 6) -> None:
+        super().__init__()
+        self.conv1 = _vgg_block(3, 64, 2)
+        self.conv2 = _vgg_block(64, 128, 2)
+        self.conv3 = _vgg_block(128, 256, 3)
+        self.conv4 = _vgg_block(256, 512, 3)
+        self.conv5 = _vgg_block(512, 512, 3)
+        self.fc6 = nn.Sequential(
+            nn.Conv2d(512, 1024, 3, padding=fc6_dilation, dilation=fc6_dilation), nn.ReLU(inplace=True)
+        )
+        self.fc7 = conv_relu(1024, 1024, 1)
+        self.conv6 = nn.Sequential(conv_relu(1024, 256, 1), conv_relu(256, 512, 3, stride=2))
+        self.conv7 = nn.Sequential(conv_relu(512, 128, 1), conv_relu(128, 256, 3, stride=2))
+        self.conv8 = nn.Sequential(conv_relu(256, 128, 1), nn.Conv2d(128, 256, 3), nn.ReLU(inplace=True))
+        self.conv9 = nn.Sequential(conv_relu(256, 128, 1), nn.Conv2d(128, 256, 3), nn.ReLU(inplace=True))
+        self.norm4 = L2Norm(512, 20.0)
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+        self.pool5 = nn.MaxPool2d(3, stride=1, padding=1)
+        caffe_init(self)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Map float[B, 3, H, W] to the normalised conv4_3, fc7, and conv6_2 to conv9_2."""
+        conv4 = self.conv4(self.pool(self.conv3(self.pool(self.conv2(self.pool(self.conv1(images)))))))
+        maps = [self.norm4(conv4), self.fc7(self.fc6(self.pool5(self.conv5(self.pool(conv4)))))]
+        for extra in (self.conv6, self.conv7, self.conv8, self.conv9):
+            maps.append(extra(maps[-1]))
+        return maps
 
     def stages(self) -> list[nn.Module]:
         """Name the five convolution blocks."""
@@ -335,6 +379,17 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
+# What makes or normalises the other maps, in any backbone.
+_BEYOND_STRIDE_32 = ("norm4", "norm5", "conv6", "res6", "extra")
+
+
+def keep_to_stride_32(backbone: Any) -> None:
+    """Take out the layers that are idle where nothing but the third map, that at stride 32, is read."""
+    for name in _BEYOND_STRIDE_32:
+        if hasattr(backbone, name):
+            setattr(backbone, name, nn.Identity())
+
+
 def build_backbone(config: NetworkConfig) -> Backbone:
     """Build the backbone that a config names, with fresh weights.
 
@@ -346,4 +401,6 @@ def build_backbone(config: NetworkConfig) -> Backbone:
         return cast("Backbone", Timm(config.backbone.removeprefix("timm/")))
     if config.backbone.startswith("resnet"):
         return cast("Backbone", ResNet(config))
-    return cast("Backbone", {"vgg16": VGG16, "mobilenet_v2": MobileNetV2}[config.backbone]())
+    if config.backbone == "mobilenet_v2":
+        return cast("Backbone", MobileNetV2())
+    return cast("Backbone", {"vgg16": VGG16, SSD_VGG: SSDVGG16}[config.backbone](config.fc6_dilation))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from refinedet_cli.core import refinedet
+from refinedet_cli.core import refinedet, ssd, yolo
 from refinedet_cli.core.config import DetectorConfig
 from refinedet_cli.core.detector import Detector
 
-FAMILIES = {"refinedet": refinedet.build}
+FAMILIES = {"refinedet": refinedet.build, "ssd": ssd.build, "yolo": yolo.build}
 
 
 def build(config: DetectorConfig) -> Detector:

@@ -8,9 +8,11 @@ goes to JSON and back without loss. This module imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -18,12 +20,14 @@ from refinedet_cli.errors import ConfigError
 
 T = TypeVar("T")
 
-BACKBONES = ("vgg16", "mobilenet_v2", "resnet18", "resnet50", "resnet101")
+# SSD300's VGG-16 goes on to a single cell; the others are read at strides 8, 16, 32 and 64.
+SSD_VGG = "vgg16_ssd"
+BACKBONES = ("vgg16", "mobilenet_v2", "resnet18", "resnet50", "resnet101", SSD_VGG)
 
 
-def _require(holds: bool, message: str) -> None:
+def _require(holds: bool, message: str, hint: str | None = None) -> None:
     if not holds:
-        raise ConfigError(message)
+        raise ConfigError(message, hint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,61 @@ class AnchorConfig:
         shapes = tuple(tuple((s * r**0.5, s / r**0.5) for r in ratios) for s in sizes)
         return cls(strides=strides, shapes=shapes)
 
+    @classmethod
+    def of_ssd(
+        cls, sizes: tuple[float, ...], ratios: tuple[tuple[float, ...], ...], strides: tuple[int, ...]
+    ) -> AnchorConfig:
+        """Default boxes of SSD: a level's square, the one between it and the next level's, its ratios and inverses.
+
+        ``sizes`` has one more than there are levels.
+
+        Source: SSD (arXiv:1512.02325), Sec. 2.2; the order is that of the official code.
+        """
+        shapes = tuple(
+            (
+                (size, size),
+                ((size * following) ** 0.5,) * 2,
+                *((size * r**0.5, size / r**0.5) for ratio in level for r in (ratio, 1 / ratio)),
+            )
+            for size, following, level in zip(sizes, sizes[1:], ratios, strict=False)
+        )
+        return cls(strides=strides, shapes=shapes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig:
+    """The grid of a YOLO network, its head and its loss; the defaults are those of the paper.
+
+    Attributes:
+        stride: side of a cell, px-in: 64 as in the paper (448 px have 7 x 7 cells), or 32.
+        boxes: that each cell predicts; at most one of them finds an object.
+        layers: 3x3 convolutions between the backbone and the prediction.
+        channels: their width.
+        norm: normalisation after each of them.
+        coord_weight: of the errors of place and size in the loss.
+        no_object_weight: of the confidence of boxes that have no object to find.
+    """
+
+    stride: Literal[32, 64] = 64
+    boxes: int = 2
+    layers: int = 4
+    channels: int = 1024
+    norm: Literal["none", "batch", "group"] = "none"
+    coord_weight: float = 5.0
+    no_object_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("boxes", "layers", "channels"):
+            value = getattr(self, name)
+            _require(value >= 1, f"grid.{name} must be at least 1, not {value}")
+        _require(
+            self.norm != "group" or self.channels % 16 == 0,
+            f"grid.channels must be a multiple of 16 with group normalisation, not {self.channels}",
+        )
+        for name in ("coord_weight", "no_object_weight"):
+            value = getattr(self, name)
+            _require(value >= 0, f"grid.{name} must not be negative, not {value}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
@@ -96,6 +155,10 @@ class NetworkConfig:
         stride_in: the convolution of a ResNet bottleneck that halves the resolution; "1x1" is the official code's,
             "3x3" torchvision's.
         stem_pool: the first pooling of a ResNet; "ceil" is the official code's, "padded" torchvision's.
+        fc6_dilation: of VGG's fc6; 3 is the official code's, 6 SSD300's and that of some other implementations.
+        tcb_up: the deconvolution between levels; "2x2" is the official code's, "3x3" overlaps.
+        tcb_top: whether ReLU follows the last two convolutions of the coarsest transfer connection block, as in the
+            official code, or they are "linear".
     """
 
     backbone: str
@@ -106,6 +169,9 @@ class NetworkConfig:
     head_blocks: bool = False
     stride_in: Literal["1x1", "3x3"] = "3x3"
     stem_pool: Literal["padded", "ceil"] = "padded"
+    fc6_dilation: int = 3
+    tcb_up: Literal["2x2", "3x3"] = "2x2"
+    tcb_top: Literal["relu", "linear"] = "relu"
 
     def __post_init__(self) -> None:
         _require(
@@ -113,6 +179,7 @@ class NetworkConfig:
             f"network.backbone must be one of {', '.join(BACKBONES)}, or timm/NAME, not {self.backbone!r}",
         )
         _require(self.tcb_channels > 0, f"network.tcb_channels must be positive, not {self.tcb_channels}")
+        _require(1 <= self.fc6_dilation <= 32, f"network.fc6_dilation must be in [1, 32], not {self.fc6_dilation}")
         _require(
             self.tcb_norm != "group" or self.tcb_channels % 16 == 0,
             f"network.tcb_channels must be a multiple of 16 with group normalisation, not {self.tcb_channels}",
@@ -126,11 +193,16 @@ class LossConfig:
     Attributes:
         arm_positive_iou, arm_negative_iou: an anchor is positive at or above the first, and may be a negative below
             the second.
-        odm_positive_iou, odm_negative_iou: the same for refined anchors.
+        odm_positive_iou, odm_negative_iou: the same for refined anchors. What is said of the ODM holds for the one head
+            of an SSD, whose anchors are not refined.
         neg_ratio: mined negatives for each positive, per picture.
         arm_filter: negatives whose ARM objectness is below this are too easy for the ODM; 0 switches the filter off.
         loc_weight: weight of the box terms against the class terms.
         background_negatives: negatives mined from a picture without objects, which else contributes nothing.
+        odm_box: cost of the ODM's boxes: "smooth_l1" of their offsets, as in the paper, or "giou".
+        odm_box_weight: factor on it.
+        quality: how much of a positive's ODM class target is the IoU its box reaches; 0, as in the paper, is none.
+        cascade_gradient: let the cost of the ODM's boxes move the ARM's too.
     """
 
     arm_positive_iou: float = 0.5
@@ -141,6 +213,10 @@ class LossConfig:
     arm_filter: float = 0.01
     loc_weight: float = 1.0
     background_negatives: int = 0
+    odm_box: Literal["smooth_l1", "giou"] = "smooth_l1"
+    odm_box_weight: float = 1.0
+    quality: float = 0.0
+    cascade_gradient: bool = False
 
     def __post_init__(self) -> None:
         for part in ("arm", "odm"):
@@ -152,9 +228,10 @@ class LossConfig:
             )
         _require(self.neg_ratio >= 0, f"loss.neg_ratio must not be negative, not {self.neg_ratio}")
         _require(0 <= self.arm_filter < 1, f"loss.arm_filter must be in [0, 1), not {self.arm_filter}")
-        for name in ("loc_weight", "background_negatives"):
+        for name in ("loc_weight", "background_negatives", "odm_box_weight"):
             value = getattr(self, name)
             _require(value >= 0, f"loss.{name} must not be negative, not {value}")
+        _require(0 <= self.quality <= 1, f"loss.quality must be in [0, 1], not {self.quality}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +250,7 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         for name in ("height", "width"):
             value = getattr(self, name)
-            _require(value > 0 and value % 64 == 0, f"preprocess.{name} must be a positive multiple of 64, not {value}")
+            _require(value > 0, f"preprocess.{name} must be positive, not {value}")
         _require(all(s > 0 for s in self.std), "preprocess.std must be positive")
 
 
@@ -188,6 +265,7 @@ class PostprocessConfig:
         candidates_per: whether that number is per picture or per class.
         nms_iou: of two boxes of one class that overlap by more than this, the lower scored goes.
         keep: the most detections of one picture.
+        clip_first: clip boxes to the picture before NMS, as torchvision does; else what NMS has kept is clipped.
         soft_nms_iou: after NMS, lower the score of a box by the overlap with a better one of its class where that is
             more than this (linear soft-NMS); None leaves scores as they are.
     """
@@ -198,6 +276,7 @@ class PostprocessConfig:
     candidates_per: Literal["picture", "class"] = "picture"
     nms_iou: float = 0.45
     keep: int = 200
+    clip_first: bool = False
     soft_nms_iou: float | None = None
 
     def __post_init__(self) -> None:
@@ -214,22 +293,121 @@ class PostprocessConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorConfig:
-    """Everything that decides what a detector computes, except its weights."""
+    """Everything that decides what a detector computes, except its weights.
 
-    family: Literal["refinedet"] = "refinedet"
+    A "refinedet" and an "ssd" have anchors and no grid, a "yolo" has a grid and no anchors.
+    """
+
+    family: Literal["refinedet", "ssd", "yolo"] = "refinedet"
     preset: str
     classes: Classes
     network: NetworkConfig
-    anchors: AnchorConfig
+    anchors: AnchorConfig | None = None
+    grid: GridConfig | None = None
     loss: LossConfig = LossConfig()
     preprocess: PreprocessConfig = PreprocessConfig()
     postprocess: PostprocessConfig = PostprocessConfig()
 
     def __post_init__(self) -> None:
+        has_grid = self.family == "yolo"
+        for name, belongs in (("anchors", not has_grid), ("grid", has_grid)):
+            given = getattr(self, name) is not None
+            _require(given or not belongs, f"setting {name!r} is missing: a {self.family} needs it")
+            _require(belongs or not given, f"{name} must be left out: a {self.family} has none")
+        _CHECKS[self.family](self)
+
+    def require_anchors(self) -> AnchorConfig:
+        """The anchors, where there must be some.
+
+        Raises:
+            ConfigError: there are none, as in a YOLO.
+        """
+        if self.anchors is None:
+            raise ConfigError(f"{self.preset} is a {self.family}, which has no anchors")
+        return self.anchors
+
+    def require_grid(self) -> GridConfig:
+        """The grid, where there must be one.
+
+        Raises:
+            ConfigError: there is none; only a YOLO has one.
+        """
+        if self.grid is None:
+            raise ConfigError(f"{self.preset} is a {self.family}, which has no grid")
+        return self.grid
+
+
+def map_sides(backbone: str, side: int) -> tuple[int, ...]:
+    """Count the cells along one side of each map that a backbone makes of an input; below 1 if it cannot."""
+    if backbone != SSD_VGG:
+        return tuple(side // stride for stride in (8, 16, 32, 64))
+    halved = [-(-side // stride) for stride in (8, 16, 32, 64)]
+    return (*halved, halved[-1] - 2, halved[-1] - 4)
+
+
+def _check_refinedet(config: DetectorConfig) -> None:
+    _require(config.network.backbone != SSD_VGG, f"network.backbone {SSD_VGG} is for the family ssd alone")
+    _check_pyramid(config)
+
+
+def _check_sides(config: DetectorConfig) -> None:
+    for name in ("height", "width"):
+        value = getattr(config.preprocess, name)
+        _require(value % 64 == 0, f"preprocess.{name} must be a positive multiple of 64, not {value}")
+
+
+def _check_pyramid(config: DetectorConfig) -> None:
+    """Demand what networks that read the usual four maps of a backbone need."""
+    _check_sides(config)
+    strides = config.require_anchors().strides
+    _require(
+        strides == (8, 16, 32, 64),
+        f"anchors.strides must be [8, 16, 32, 64], those of the backbone's maps, not {list(strides)}",
+    )
+
+
+def _check_ssd(config: DetectorConfig) -> None:
+    for name in ("arm", "tcb", "head_blocks"):
+        _require(not getattr(config.network, name), f"network.{name} must be false: an SSD has none")
+    if config.network.backbone != SSD_VGG:
+        _check_pyramid(config)
+        return
+    strides = config.require_anchors().strides
+    for name in ("height", "width"):
+        side = getattr(config.preprocess, name)
+        cells, tiled = map_sides(SSD_VGG, side), tuple(-(-side // stride) for stride in strides)
         _require(
-            self.anchors.strides == (8, 16, 32, 64),
-            f"anchors.strides must be [8, 16, 32, 64], those of the backbone's maps, not {list(self.anchors.strides)}",
+            cells == tiled and min(cells) > 0,
+            f"preprocess.{name} {side} and anchors.strides {list(strides)} do not fit: the maps of {SSD_VGG} have "
+            f"{', '.join(str(max(0, n)) for n in cells)} cells, the anchors {', '.join(map(str, tiled))}",
+            "SSD300 has 300 x 300 px and strides [8, 16, 32, 64, 100, 300]",
         )
+
+
+def _check_yolo(config: DetectorConfig) -> None:
+    _require(config.network.backbone != SSD_VGG, f"network.backbone {SSD_VGG} is for the family ssd alone")
+    _check_sides(config)
+    for name in ("arm", "tcb", "head_blocks"):
+        _require(not getattr(config.network, name), f"network.{name} must be false: a YOLO has none")
+    # Said rather than ignored, whatever it was meant to change.
+    for field in dataclasses.fields(NetworkConfig):
+        _require(
+            not field.name.startswith("tcb_") or getattr(config.network, field.name) == field.default,
+            f"network.{field.name} is of transfer connection blocks, which a YOLO has not; its head is set in grid",
+        )
+    for field in dataclasses.fields(LossConfig):
+        _require(
+            getattr(config.loss, field.name) == field.default,
+            f"loss.{field.name} is of detectors with anchors; the loss of a YOLO is weighted by grid.coord_weight and "
+            "grid.no_object_weight",
+        )
+
+
+_CHECKS: dict[str, Callable[[DetectorConfig], None]] = {
+    "refinedet": _check_refinedet,
+    "ssd": _check_ssd,
+    "yolo": _check_yolo,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +464,8 @@ class TrainConfig:
 
     Attributes:
         batch: pictures in one optimiser step.
+        accumulate: parts of a step's pictures that a process runs one after the other, to need less memory; the step
+            is the same.
         epochs: passes over the data.
         steps: optimiser steps of the run, in place of ``epochs``; 0 leaves it to these.
         balance: show pictures of rare classes more often: a class that is in less than this fraction of the pictures
@@ -304,12 +484,15 @@ class TrainConfig:
         precision: "auto" picks bf16 where the device computes it natively.
         freeze_stages: backbone stages, from the input up, that are not trained (a stage halves the resolution).
         freeze_norm: keep the backbone's batch normalisation at its running statistics.
+        unfreeze: (fraction of the run, stages) pairs: from that fraction on only so many stages stay frozen.
         small_input: (fraction of the run, scale) pairs: up to that fraction, train at that scale of the input size.
         evaluate_every: epochs between evaluations; 0 evaluates only at the end.
+        patience: end the run after so many evaluations in a row without a better AP; 0 never does.
         seed: every random draw of the run derives from it.
     """
 
     batch: int = 32
+    accumulate: int = 1
     epochs: int = 60
     steps: int = 0
     balance: float = 0.0
@@ -330,13 +513,15 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     freeze_stages: int = 0
     freeze_norm: bool = True
+    unfreeze: tuple[tuple[float, int], ...] = ()
     small_input: tuple[tuple[float, float], ...] = ()
     evaluate_every: int = 5
+    patience: int = 0
     seed: int = 0
     augment: AugmentConfig = AugmentConfig()
 
     def __post_init__(self) -> None:
-        for name in ("batch", "epochs"):
+        for name in ("batch", "accumulate", "epochs"):
             value = getattr(self, name)
             _require(value >= 1, f"train.{name} must be at least 1, not {value}")
         _require(self.lr > 0, f"train.lr must be positive, not {self.lr}")
@@ -344,7 +529,13 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value >= 0, f"train.{name} must not be negative, not {value}")
         _require(0 <= self.seed < 2**63, f"train.seed must be in [0, 2**63), not {self.seed}")
-        _require(self.evaluate_every >= 0, f"train.evaluate_every must not be negative, not {self.evaluate_every}")
+        for name in ("evaluate_every", "patience"):
+            _require(getattr(self, name) >= 0, f"train.{name} must not be negative, not {getattr(self, name)}")
+        _require(
+            not self.patience or self.evaluate_every > 0,
+            f"train.patience counts evaluations, so with train.patience {self.patience} train.evaluate_every must be "
+            "at least 1",
+        )
         _require(0 <= self.balance <= 1, f"train.balance must be in [0, 1], not {self.balance}")
         _require(0 <= self.momentum < 1, f"train.momentum must be in [0, 1), not {self.momentum}")
         _require(0 <= self.ema_decay < 1, f"train.ema_decay must be in [0, 1), not {self.ema_decay}")
@@ -354,6 +545,17 @@ class TrainConfig:
         _require(
             all(0 < until <= 1 and 0 < scale <= 1 for until, scale in self.small_input),
             f"train.small_input must hold (fraction, scale) pairs in (0, 1], not {self.small_input}",
+        )
+        self._check_unfreeze()
+
+    def _check_unfreeze(self) -> None:
+        fractions = [0.0, *(fraction for fraction, _ in self.unfreeze), 1.0]
+        stages = [self.freeze_stages, *(stages for _, stages in self.unfreeze)]
+        _require(
+            all(a < b for a, b in itertools.pairwise(fractions))
+            and all(a > b >= 0 for a, b in itertools.pairwise(stages)),
+            "train.unfreeze must hold (fraction, stages) pairs of rising fractions in (0, 1) and falling stages, the "
+            f"first below train.freeze_stages ({self.freeze_stages}), not {self.unfreeze}",
         )
 
 

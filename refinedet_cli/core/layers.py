@@ -107,28 +107,51 @@ class TransferConnectionBlock(nn.Module):
     """Turn an anchor refinement feature map into a detection feature map, adding what the coarser level knows.
 
     Source: RefineDet (arXiv:1711.06897), Sec. 3, transfer connection block. Differs from the figure, as the official
-    code does: the deconvolution is 2x2 with stride 2, and the coarsest block is three convolutions with ReLU.
+    code does: the deconvolution is 2x2 with stride 2, and the coarsest block is three convolutions with ReLU. Other
+    implementations have a 3x3 deconvolution (``up``), or the last two of the three without ReLU (``top``).
     """
 
-    def __init__(self, inputs: int, channels: int, *, coarser: bool, norm: Norm) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        channels: int,
+        *,
+        coarser: bool,
+        norm: Norm,
+        up: Literal["2x2", "3x3"] = "2x2",
+        top: Literal["relu", "linear"] = "relu",
+    ) -> None:
         super().__init__()
+        kernel, padding = (2, 0) if up == "2x2" else (3, 1)
         self.first = conv_relu(inputs, channels, 3, norm=norm)
         self.second = nn.Sequential(*conv(channels, channels, 3, norm=norm))
         self.up = (
             nn.Sequential(
-                nn.ConvTranspose2d(channels, channels, 2, stride=2, bias=norm == "none"), make_norm(norm, channels)
+                nn.ConvTranspose2d(
+                    channels,
+                    channels,
+                    kernel,
+                    stride=2,
+                    padding=padding,
+                    output_padding=padding,  # so that either doubles the resolution
+                    bias=norm == "none",
+                ),
+                make_norm(norm, channels),
             )
             if coarser
             else None
         )
-        self.last = conv_relu(channels, channels, 3, norm=norm)
+        self.linear = not coarser and top == "linear"
+        self.last = nn.Sequential(
+            *conv(channels, channels, 3, norm=norm), nn.Identity() if self.linear else nn.ReLU(inplace=True)
+        )
 
     def forward(self, features: Tensor, coarser: Tensor | None) -> Tensor:
         """Map float[B, inputs, h, w] and the coarser float[B, channels, h/2, w/2] to float[B, channels, h, w]."""
         lateral = self.second(self.first(features))
         if self.up is not None:
             lateral = lateral + self.up(coarser)
-        return self.last(functional.relu(lateral))  # type: ignore[no-any-return]
+        return self.last(lateral if self.linear else functional.relu(lateral))  # type: ignore[no-any-return]
 
 
 class AnchorHead(nn.Module):

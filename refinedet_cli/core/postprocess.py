@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from refinedet_cli.core.boxes import pair_iou
+from refinedet_cli.core.boxes import cxcywh_to_xyxy, decode, pair_iou
 from refinedet_cli.core.config import PostprocessConfig
 from refinedet_cli.core.structures import BatchDetections, Candidates, Detections
 
@@ -54,6 +54,45 @@ def top_candidates(scores: Tensor, config: PostprocessConfig) -> Best:
     best = scores.transpose(1, 2).topk(min(config.candidates, anchors))
     labels = torch.arange(1, classes + 1, device=scores.device)[:, None].expand_as(best.indices)
     return Best(best.values, best.indices, labels)
+
+
+def decode_best(
+    scores: Tensor,
+    anchors: Tensor,
+    moves: Sequence[Tensor],
+    variances: tuple[float, float],
+    config: PostprocessConfig,
+) -> Candidates:
+    """Choose the candidates that enter NMS, and decode only those.
+
+    Args:
+        scores: float32[B, A, C-1], foreground scores of every anchor.
+        anchors: float32[A, 4], cxcywh, norm.
+        moves: float[B, A, 4] each, offsets that move the anchors one after the other.
+        variances: of the offset coding.
+        config: as `top_candidates`.
+
+    Returns:
+        `Candidates`, computed in float32.
+    """
+    best = top_candidates(scores, config)
+    boxes = anchors[best.anchors]  # [B, G, K, 4]
+    for offsets in moves:
+        boxes = decode(pick(offsets.float(), best.anchors), boxes, variances)
+    return to_candidates(best, boxes, config)
+
+
+def to_candidates(best: Best, boxes: Tensor, config: PostprocessConfig) -> Candidates:
+    """Join the best with their boxes float32[B, G, K, 4], cxcywh, norm, clipped where the config asks for it."""
+    corners = cxcywh_to_xyxy(boxes)
+    return Candidates(corners.clamp(0, 1) if config.clip_first else corners, best.scores, best.labels)
+
+
+def pick(values: Tensor, index: Tensor) -> Tensor:
+    """Gather float[B, A, 4] at int64[B, G, K] along A."""
+    batch, groups, count = index.shape
+    flat = index.reshape(batch, groups * count, 1).expand(-1, -1, values.shape[-1])
+    return values.gather(1, flat).view(batch, groups, count, values.shape[-1])
 
 
 def suppress(candidates: Candidates, config: PostprocessConfig) -> BatchDetections:

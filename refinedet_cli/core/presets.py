@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from refinedet_cli.core.config import (
+    SSD_VGG,
     AnchorConfig,
     AugmentConfig,
     Classes,
     DetectorConfig,
+    GridConfig,
     NetworkConfig,
     PostprocessConfig,
     PreprocessConfig,
@@ -180,6 +182,97 @@ def refinedet320_mobilenetv2(classes: Classes) -> Preset:
     )
 
 
+def ssd300_anchors() -> AnchorConfig:
+    """Default boxes of SSD300 for VOC, whose smallest is 30 px; the other sizes go evenly from 60 to 315 px.
+
+    Source: SSD (arXiv:1512.02325), Sec. 2.2 and 3.1: scales from 0.2 to 0.9, and 0.1 for conv4_3.
+    """
+    return _ssd300_anchors((30, 60, 111, 162, 213, 264, 315))
+
+
+def ssd300_coco_anchors() -> AnchorConfig:
+    """Default boxes of SSD300 for COCO, whose objects are smaller: 21 px, then evenly from 45 to 315 px.
+
+    Source: SSD (arXiv:1512.02325), Sec. 3.4: scales from 0.15 to 0.9, and 0.07 for conv4_3.
+    """
+    return _ssd300_anchors((21, 45, 99, 153, 207, 261, 315))
+
+
+def _ssd300_anchors(sizes: tuple[float, ...]) -> AnchorConfig:
+    return AnchorConfig.of_ssd(
+        sizes=sizes,
+        ratios=((2,), (2, 3), (2, 3), (2, 3), (2,), (2,)),
+        strides=(8, 16, 32, 64, 100, 300),
+    )
+
+
+def ssd300_vgg16(classes: Classes) -> Preset:
+    """SSD300 with VGG-16 as published, with the default boxes of VOC; those of COCO: `ssd300_coco_anchors`.
+
+    232 epochs of 07+12 at batch 32 are about 120k steps. Differs in recipe and channel order as `refinedet320_vgg16`
+    does; the augmentation is that of the later version (SSD300*), which draws pictures smaller too.
+    """
+    return Preset(
+        detector=DetectorConfig(
+            family="ssd",
+            preset="ssd300_vgg16",
+            classes=classes,
+            network=NetworkConfig(backbone=SSD_VGG, arm=False, tcb=False, fc6_dilation=6),
+            anchors=ssd300_anchors(),
+            preprocess=PreprocessConfig(height=300, width=300),
+            postprocess=PostprocessConfig(candidates=400, candidates_per="class"),
+        ),
+        train=TrainConfig(epochs=232, schedule="multistep"),
+    )
+
+
+def ssd320_mobilenetv2(classes: Classes) -> Preset:
+    """The light default without its two steps: one head on the backbone's own maps, all else equal."""
+    base = refinedet320_mobilenetv2(classes)
+    detector = replace(
+        base.detector,
+        family="ssd",
+        preset="ssd320_mobilenetv2",
+        network=replace(base.detector.network, arm=False, tcb=False),
+    )
+    return replace(base, detector=detector)
+
+
+def yolo320_mobilenetv2(classes: Classes) -> Preset:
+    """The light default with a grid of 10 x 10 cells in place of anchors; backbone, input and recipe are equal."""
+    base = refinedet320_mobilenetv2(classes)
+    detector = replace(
+        base.detector,
+        family="yolo",
+        preset="yolo320_mobilenetv2",
+        network=NetworkConfig(backbone="mobilenet_v2", arm=False, tcb=False),
+        anchors=None,
+        grid=GridConfig(stride=32, channels=256, norm="group"),
+    )
+    return replace(base, detector=detector)
+
+
+def yolo448_vgg16(classes: Classes) -> Preset:
+    """YOLO as published, on VGG-16: 448 px, 7 x 7 cells of two boxes, four convolutions of 1024 channels.
+
+    135 epochs of 07+12 and 64 pictures a step, the rate falls after 75 and 105. Differs: a convolution predicts in
+    place of two fully connected layers (`core.yolo`); the augmentation is that of RefineDet; a warm-up of 500 steps,
+    averaged weights and clipping; biases learn as fast as weights.
+    """
+    base = refinedet320_vgg16(classes)
+    detector = replace(
+        base.detector,
+        family="yolo",
+        preset="yolo448_vgg16",
+        network=NetworkConfig(backbone="vgg16", arm=False, tcb=False),
+        anchors=None,
+        grid=GridConfig(),
+        preprocess=replace(base.detector.preprocess, height=448, width=448),
+    )
+    train = replace(base.train, batch=64, epochs=135, lr=1e-2, bias_lr=1.0, milestones=(75 / 135, 105 / 135))
+    return replace(base, detector=detector, train=train)
+
+
 def tiny(classes: Classes) -> Preset:
     """A 64-pixel network for tests and first tries; it learns little."""
     base = refinedet320_mobilenetv2(classes)
@@ -201,6 +294,10 @@ PRESETS: dict[str, Callable[[Classes], Preset]] = {
     "refinedet512_resnet101": refinedet512_resnet101,
     "refinedet320_vgg16": refinedet320_vgg16,
     "refinedet512_vgg16": refinedet512_vgg16,
+    "ssd320_mobilenetv2": ssd320_mobilenetv2,
+    "ssd300_vgg16": ssd300_vgg16,
+    "yolo320_mobilenetv2": yolo320_mobilenetv2,
+    "yolo448_vgg16": yolo448_vgg16,
     "tiny": tiny,
 }
 

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from refinedet_cli.core.anchors import anchors_per_cell, tile_anchors
+from refinedet_cli.core.anchors import AnchorCache, anchors_per_cell
 from refinedet_cli.core.backbones import build_backbone
-from refinedet_cli.core.boxes import cxcywh_to_xyxy, decode
-from refinedet_cli.core.config import AnchorConfig, DetectorConfig, NetworkConfig
-from refinedet_cli.core.detector import Detector
+from refinedet_cli.core.boxes import decode
+from refinedet_cli.core.config import DetectorConfig, NetworkConfig
+from refinedet_cli.core.detector import Detector, Step
 from refinedet_cli.core.layers import AnchorHead, TransferConnectionBlock, bottleneck, caffe_init, gaussian_init
-from refinedet_cli.core.loss import multibox_loss
-from refinedet_cli.core.postprocess import top_candidates
+from refinedet_cli.core.loss import OverAll, alone, detection_loss, multibox_loss
+from refinedet_cli.core.postprocess import decode_best
 from refinedet_cli.core.structures import Candidates, LossParts, Targets
 
 # The blocks in front of the heads narrow to this and widen to four times it, whatever they read.
@@ -48,14 +48,19 @@ class RefineDet(nn.Module):
 
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__()
-        network, per_cell = config.network, anchors_per_cell(config.anchors)
+        network, per_cell = config.network, anchors_per_cell(config.require_anchors())
         self.backbone = build_backbone(network)
         sources = self.backbone.channels
         self.arm = AnchorHead(_head_inputs(network, sources), per_cell, 2) if network.arm else None
         self.tcb = (
             nn.ModuleList(
                 TransferConnectionBlock(
-                    inputs, network.tcb_channels, coarser=i + 1 < len(sources), norm=network.tcb_norm
+                    inputs,
+                    network.tcb_channels,
+                    coarser=i + 1 < len(sources),
+                    norm=network.tcb_norm,
+                    up=network.tcb_up,
+                    top=network.tcb_top,
                 )
                 for i, inputs in enumerate(sources)
             )
@@ -105,39 +110,24 @@ def _each_through(blocks: nn.ModuleList | None, maps: list[Tensor]) -> list[Tens
     return maps if blocks is None else [block(features) for block, features in zip(blocks, maps, strict=True)]
 
 
-class AnchorCache:
-    """Anchors of the input sizes seen so far, on the device they are asked for."""
-
-    def __init__(self, config: AnchorConfig) -> None:
-        self.config = config
-        self._tiled: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
-
-    def __call__(self, input_size: tuple[int, int], device: torch.device) -> Tensor:
-        """Return float32[A, 4], cxcywh, norm."""
-        key = (input_size, device)
-        if key not in self._tiled:
-            self._tiled[key] = tile_anchors(self.config, *input_size).to(device)
-        return self._tiled[key]
-
-
 class Criterion:
     """The multi-task loss of a batch: ARM on the anchors, ODM on the anchors as the ARM has moved them."""
 
     def __init__(self, config: DetectorConfig) -> None:
         self.config = config
-        self.anchors = AnchorCache(config.anchors)
+        self.anchors = AnchorCache(config.require_anchors())
 
-    def __call__(self, raw: RawOutput, targets: Targets) -> LossParts:
-        """Compute the loss in float32, whatever the precision of ``raw``.
+    def __call__(self, raw: RawOutput, targets: Targets, *, over_all: OverAll = alone) -> LossParts:
+        """Compute the loss in float32, whatever the precision of ``raw``; ``over_all`` as in `Loss`.
 
         Returns:
             `LossParts` with the terms arm_conf, arm_loc, odm_conf, odm_loc (already divided by the number of positives)
             and the positives of each module. Finite for finite input. No gradient flows from the ODM's terms into the
-            ARM's outputs.
+            ARM's outputs, unless ``loss.cascade_gradient`` lets that of its boxes through.
 
         Source: paper, "Loss Function"; mining, filter and normaliser as in multibox_loss_layer of the official code.
         """
-        loss, variances = self.config.loss, self.config.anchors.variances
+        loss, variances = self.config.loss, self.anchors.config.variances
         anchors = self.anchors(raw.input_size, raw.odm_logits.device)
         parts: dict[str, Tensor] = {}
         positives: dict[str, Tensor] = {}
@@ -155,23 +145,22 @@ class Criterion:
                 neg_ratio=loss.neg_ratio,
                 variances=variances,
                 background_negatives=loss.background_negatives,
+                over_all=over_all,
             )
             parts |= {"arm_conf": arm.conf, "arm_loc": arm.loc}
             positives["arm"] = arm.positives
             with torch.no_grad():
                 objectness = arm_logits.softmax(dim=-1)[..., 1]
-                anchors = decode(arm_offsets, anchors, variances)
-        odm = multibox_loss(
-            raw.odm_logits.float(),
-            raw.odm_offsets.float(),
+            anchors = decode(arm_offsets if loss.cascade_gradient else arm_offsets.detach(), anchors, variances)
+        odm = detection_loss(
+            raw.odm_logits,
+            raw.odm_offsets,
             anchors,
             targets,
-            positive_iou=loss.odm_positive_iou,
-            negative_iou=loss.odm_negative_iou,
-            neg_ratio=loss.neg_ratio,
+            loss,
             variances=variances,
             may_be_negative=None if objectness is None else objectness >= loss.arm_filter,
-            background_negatives=loss.background_negatives,
+            over_all=over_all,
         )
         parts |= {"odm_conf": odm.conf, "odm_loc": odm.loc}
         positives["odm"] = odm.positives
@@ -186,34 +175,38 @@ class Decoder:
 
     def __init__(self, config: DetectorConfig) -> None:
         self.config = config
-        self.anchors = AnchorCache(config.anchors)
+        self.anchors = AnchorCache(config.require_anchors())
 
     def __call__(self, raw: RawOutput) -> Candidates:
         """Score every anchor and class, and decode the best, in float32.
 
         Source: paper, "Inference"; thresholds and limits come from the config's `PostprocessConfig`.
         """
-        post, variances = self.config.postprocess, self.config.anchors.variances
+        post, variances = self.config.postprocess, self.anchors.config.variances
         anchors = self.anchors(raw.input_size, raw.odm_logits.device)
         scores = raw.odm_logits.float().softmax(dim=-1)[..., 1:]  # [B, A, C-1]
         if raw.arm_logits is not None:
             objectness = raw.arm_logits.float().softmax(dim=-1)[..., 1:]
             scores = torch.where(objectness >= post.arm_filter, scores, scores.new_zeros(()))
-        best = top_candidates(scores, post)
-        boxes = anchors[best.anchors]  # [B, G, K, 4]
-        for offsets in (raw.arm_offsets, raw.odm_offsets):
-            if offsets is not None:
-                boxes = decode(_pick(offsets.float(), best.anchors), boxes, variances)
-        return Candidates(boxes=cxcywh_to_xyxy(boxes), scores=best.scores, labels=best.labels)
-
-
-def _pick(values: Tensor, index: Tensor) -> Tensor:
-    """Gather float[B, A, 4] at int64[B, G, K] along A."""
-    batch, groups, count = index.shape
-    flat = index.reshape(batch, groups * count, 1).expand(-1, -1, values.shape[-1])
-    return values.gather(1, flat).view(batch, groups, count, values.shape[-1])
+        moves = [offsets for offsets in (raw.arm_offsets, raw.odm_offsets) if offsets is not None]
+        return decode_best(scores, anchors, moves, variances, post)
 
 
 def build(config: DetectorConfig) -> Detector:
     """Build a RefineDet with fresh weights, drawn from torch's global generator."""
-    return Detector(config=config, network=RefineDet(config), criterion=Criterion(config), decoder=Decoder(config))
+    return Detector(
+        config=config,
+        network=RefineDet(config),
+        criterion=Criterion(config),
+        decoder=Decoder(config),
+        steps=_steps,
+    )
+
+
+def _steps(config: DetectorConfig, raw: RawOutput) -> tuple[Step, ...]:
+    odm = Step("ODM", raw.odm_offsets, config.loss.odm_positive_iou)
+    if raw.arm_logits is None or raw.arm_offsets is None:
+        return (odm,)
+    # What the ARM calls background can never be detected.
+    kept = raw.arm_logits.float().softmax(dim=-1)[..., 1] >= config.postprocess.arm_filter
+    return Step("ARM", raw.arm_offsets, config.loss.arm_positive_iou), odm._replace(kept=kept)

@@ -75,7 +75,7 @@ class Candidates(NamedTuple):
     """Decoded boxes that may become detections; scores of 0 mark empty places.
 
     Attributes:
-        boxes: float32[B, G, K, 4], xyxy, norm, not clipped.
+        boxes: float32[B, G, K, 4], xyxy, norm, clipped only with ``postprocess.clip_first``.
         scores: float32[B, G, K], descending in K.
         labels: int64[B, G, K], in 1..C-1.
 

@@ -82,6 +82,7 @@ OUT_OF_REACH = Kind(
     "box no anchor reaches (IoU 0.5)",
     "refinedet anchors finds better ones; or a larger input",
 )
+SAME_CELL = Kind("box-same-cell", "note", "box in the cell of a larger one", "a larger input has more cells")
 
 # Pictures ------------------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,10 @@ from refinedet_cli.data.sampling import draw_companions, draw_weighted
 from refinedet_cli.errors import DataError
 
 
+# Batches that each worker keeps ready.
+PREFETCHED = 4
+
+
 class Draw(NamedTuple):
     """One sample to make.
 
@@ -265,19 +269,23 @@ def _collate_guarded(samples: Sequence[tuple[Tensor, Target, int] | DataError]) 
     return collate(made)
 
 
-def make_loader(data: TrainingSet, plan: Plan, start: int, workers: int, *, pin: bool) -> Iterator[Batch]:
+def make_loader(
+    data: TrainingSet, plan: Plan, start: int, workers: int, *, pin: bool, share: slice = slice(None)
+) -> Iterator[Batch]:
     """Load the batches of a plan from a step on, ahead of their use, in ``workers`` processes (0: in this one).
+
+    Of each batch only ``share`` is loaded, which must hold a picture of each.
 
     Raises:
         DataError: a picture cannot be read.
     """
     loader = DataLoader(
         _Guarded(data),
-        batch_sampler=plan.batches(start),
+        batch_sampler=(draws[share] for draws in plan.batches(start)),
         collate_fn=_collate_guarded,
         num_workers=workers,
         pin_memory=pin,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCHED if workers else None,
         worker_init_fn=_leave_interrupts_to_the_run,
     )
     for batch in loader:
@@ -287,5 +295,7 @@ def make_loader(data: TrainingSet, plan: Plan, start: int, workers: int, *, pin:
 
 
 def _leave_interrupts_to_the_run(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the run wants to finish its step first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches every process of the terminal, and SIGTERM every process of a job; the run wants to finish its step
+    # first. Workers end with it, as they do when it is killed.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

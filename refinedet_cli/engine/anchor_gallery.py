@@ -96,7 +96,7 @@ def make_charts(objects: Objects, reports: Sequence[Named], refinement: Refineme
         steps = [Series(step.name, step.best_iou) for step in refinement.steps]
         yield both(
             "refinement-by-size",
-            f"What refinement buys, on {len(refinement.dataset):,} pictures: the best box of each object before and "
+            f"{refinement.heading}, on {len(refinement.dataset):,} pictures: the best box of each object before and "
             "after the network moves the anchors, whatever its score.",
             lambda theme: draw_recall_by_size(steps, refinement.objects.sides, theme, limit=limit),
             of_refinement=True,
@@ -177,4 +177,5 @@ def _moved_panel(refinement: Refinement, mine: Flags, report: AnchorReport, reco
     scale = np.array([record.width / width, record.height / height] * 2)
     step = refinement.steps[-1]
     moves = refinement.moves
-    return Panel("refined", step.best_iou[mine], moves.anchors[mine] * scale, moves.final[mine] * scale)
+    name = "refined" if refinement.refines else "moved"
+    return Panel(name, step.best_iou[mine], moves.anchors[mine] * scale, moves.final[mine] * scale)

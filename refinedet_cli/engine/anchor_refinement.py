@@ -14,13 +14,14 @@ from torch import Tensor
 
 from refinedet_cli.core.anchors import tile_anchors
 from refinedet_cli.core.boxes import cxcywh_to_xyxy, decode, pair_iou
+from refinedet_cli.core.detector import Step as Move
 from refinedet_cli.core.matching import match
 from refinedet_cli.core.preprocess import preprocess
-from refinedet_cli.core.refinedet import RawOutput
 from refinedet_cli.core.structures import Targets
 from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.data.loading import read_record
 from refinedet_cli.engine.anchors import MATCHED, Objects, gather, percent
+from refinedet_cli.errors import ConfigError
 from refinedet_cli.zoo.checkpoint import LoadedDetector
 
 
@@ -65,7 +66,7 @@ class Refinement:
         objects: of the pictures that were looked at.
         dataset: these pictures.
         of: pictures with objects there are.
-        steps: the anchors, then what the ARM makes of them (if there is one), then what the ODM makes of that.
+        steps: the anchors, then then what each module that moves them makes of that.
         moves: one anchor of each object on its way.
     """
 
@@ -74,6 +75,16 @@ class Refinement:
     of: int
     steps: tuple[Step, ...]
     moves: Moves
+
+    @property
+    def refines(self) -> bool:
+        """Whether the anchors are moved twice."""
+        return len(self.steps) > 2
+
+    @property
+    def heading(self) -> str:
+        """What all this answers."""
+        return f"What {'refinement' if self.refines else 'moving the anchors'} buys"
 
     @property
     def verdict(self) -> str:
@@ -123,15 +134,20 @@ def measure_refinement(
 
     Raises:
         DataError: there is no object, or a picture cannot be read.
+        ConfigError: the detector's family has no anchors.
     """
     size = loaded.config.preprocess
     chosen = choose_pictures(dataset, pictures, seed)
     objects = gather(chosen, (size.height, size.width))
+    anchors = loaded.config.require_anchors()
+    tiled = tile_anchors(anchors, size.height, size.width).to(device)
     found: list[_Picture] = []
-    for raw, records in _outputs(loaded, chosen.records, device=device, batch=batch, workers=workers):
-        found += [_look_at(loaded, raw, i, record) for i, record in enumerate(records)]
+    names: tuple[str, ...] = ()
+    for moves, records in _outputs(loaded, chosen.records, device=device, batch=batch, workers=workers):
+        names = ("anchors", *(f"after the {step.name}" for step in moves))
+        for i, record in enumerate(records):
+            found.append(_look_at(tiled, [_of_picture(step, i) for step in moves], anchors.variances, record))
         on_progress(len(found), len(chosen))
-    names = ("anchors", "after the ARM", "after the ODM") if loaded.config.network.arm else ("anchors", "after the ODM")
     steps = tuple(
         Step(
             name,
@@ -141,8 +157,8 @@ def measure_refinement(
         for i, name in enumerate(names)
     )
     scale = np.array([size.width, size.height] * 2, dtype=np.float32)
-    moves = Moves(*(np.concatenate([p.moves[i] for p in found]) * scale for i in range(len(Moves._fields))))
-    return Refinement(objects, chosen, sum(bool((~r.crowd).any()) for r in dataset.records), steps, moves)
+    of_objects = Moves(*(np.concatenate([p.moves[i] for p in found]) * scale for i in range(len(Moves._fields))))
+    return Refinement(objects, chosen, sum(bool((~r.crowd).any()) for r in dataset.records), steps, of_objects)
 
 
 class _Picture(NamedTuple):
@@ -155,8 +171,10 @@ class _Picture(NamedTuple):
 
 def _outputs(
     loaded: LoadedDetector, records: Sequence[Record], *, device: torch.device, batch: int, workers: int
-) -> Iterator[tuple[RawOutput, Sequence[Record]]]:
-    network = loaded.detector.network.to(device).eval()
+) -> Iterator[tuple[tuple[Move, ...], Sequence[Record]]]:
+    network, moves = loaded.detector.network.to(device).eval(), loaded.detector.steps
+    if moves is None:
+        raise ConfigError(f"{loaded.path}: a {loaded.config.family} has no anchors, so there is nothing it moves")
 
     def read(record: Record) -> Tensor:
         return preprocess(torch.from_numpy(read_record(record)), loaded.config.preprocess)
@@ -164,37 +182,36 @@ def _outputs(
     with ThreadPoolExecutor(max(1, workers)) as pool, torch.inference_mode():
         for start in range(0, len(records), batch):
             part = records[start : start + batch]
-            yield network(torch.stack(list(pool.map(read, part))).to(device)), part
+            raw = network(torch.stack(list(pool.map(read, part))).to(device))
+            yield moves(loaded.config, raw), part
 
 
-def _look_at(loaded: LoadedDetector, raw: RawOutput, index: int, record: Record) -> _Picture:
-    """Compare the objects of one picture with every anchor at every step."""
-    config, device = loaded.config, raw.odm_offsets.device
-    variances = config.anchors.variances
+def _of_picture(step: Move, index: int) -> Move:
+    return step._replace(offsets=step.offsets[index], kept=None if step.kept is None else step.kept[index])
+
+
+def _look_at(anchors: Tensor, steps: Sequence[Move], variances: tuple[float, float], record: Record) -> _Picture:
+    """Compare the objects of one picture with every anchor at every step, whose tensors are those of this picture."""
+    device = anchors.device
     scale = torch.tensor([record.width, record.height] * 2, dtype=torch.float64)
     boxes = (torch.from_numpy(record.boxes[~record.crowd]) / scale).float().to(device)
     zeros = torch.zeros(len(boxes), dtype=torch.int64, device=device)
     targets = Targets(boxes, zeros + 1, zeros, 1)
-    anchors = tile_anchors(config.anchors, *raw.input_size).to(device)
     ways = [anchors]
-    for offsets in (raw.arm_offsets, raw.odm_offsets):
-        if offsets is not None:
-            ways.append(decode(offsets[index].float(), ways[-1], variances))
-    kept = torch.ones(len(anchors), dtype=torch.bool, device=device)
-    if raw.arm_logits is not None:
-        # What the ARM calls background can never be detected, so it must not count as reached by the ODM.
-        kept = raw.arm_logits[index].float().softmax(dim=-1)[:, 1] >= config.postprocess.arm_filter
+    for step in steps:
+        ways.append(decode(step.offsets.float(), ways[-1], variances))
     found = _Picture([], [], [])
-    for step, way in enumerate(ways):
-        is_last = step + 1 == len(ways)
+    for i, way in enumerate(ways):
         ious = pair_iou(boxes[:, None], cxcywh_to_xyxy(way)[None])  # [N, A]
-        best = (ious * kept if is_last else ious).max(dim=1)
-        found.best_iou.append(best.values.double().cpu().numpy())
-        if not is_last:
-            is_arm = raw.arm_offsets is not None and step == 0
-            limit = config.loss.arm_positive_iou if is_arm else config.loss.odm_positive_iou
-            taken = match(ious, targets, limit).target[0]
+        if i < len(steps):
+            best = ious.max(dim=1)
+            taken = match(ious, targets, steps[i].positive_iou).target[0]
             found.positives.append(torch.bincount(taken[taken >= 0], minlength=len(boxes)).cpu().numpy())
+        else:
+            # Where an anchor can never be detected, it must not count as reached in the end.
+            kept = steps[-1].kept
+            best = (ious if kept is None else ious * kept).max(dim=1)
+        found.best_iou.append(best.values.double().cpu().numpy())
     chosen = [ways[0], ways[-2], ways[-1]]
     found.moves.extend(cxcywh_to_xyxy(way[best.indices]).cpu().numpy() for way in chosen)
     return found

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from refinedet_cli.core.anchor_alternatives import Alternative, alternatives
 from refinedet_cli.core.anchor_design import Proposal, design
+from refinedet_cli.core.anchors import level_sizes
 from refinedet_cli.core.config import AnchorConfig, DetectorConfig, TrainConfig
 from refinedet_cli.data.dataset import Dataset, Record, remap
 from refinedet_cli.data.source import find_splits, hold_out, open_dataset
@@ -20,7 +21,7 @@ from refinedet_cli.engine.device import DeviceName, select_device
 from refinedet_cli.engine.predict import default_batch
 from refinedet_cli.engine.run_file import read_run_file
 from refinedet_cli.engine.start import resolve_config
-from refinedet_cli.errors import UsageError
+from refinedet_cli.errors import ConfigError, UsageError
 from refinedet_cli.zoo.checkpoint import LoadedDetector, load_detector
 from refinedet_cli.zoo.hub import resolve_weights
 
@@ -96,7 +97,7 @@ class Study:
     @property
     def anchors(self) -> AnchorConfig:
         """The anchors to train with: those proposed, or those there are."""
-        return self.detector.anchors if self.search is None else self.search.proposal.anchors
+        return self.detector.require_anchors() if self.search is None else self.search.proposal.anchors
 
     @property
     def verdict(self) -> tuple[str, ...]:
@@ -201,6 +202,7 @@ def study_anchors(options: StudyOptions, on_progress: Callable[[StudyProgress], 
     else:
         detector, seed = replace(loaded.config, classes=dataset.classes), TrainConfig().seed
     seed = seed if options.seed is None else options.seed
+    _refuse_grid(detector)
     if options.budget is not None and options.budget < least_budget(detector):
         raise UsageError(
             f"--budget {options.budget:,} is less than one anchor in every cell",
@@ -233,6 +235,14 @@ def study_anchors(options: StudyOptions, on_progress: Callable[[StudyProgress], 
         seed=seed,
         notes=tuple(notes),
     )
+
+
+def _refuse_grid(detector: DetectorConfig) -> None:
+    if detector.grid is not None:
+        raise UsageError(
+            f"{detector.preset} has no anchors: a YOLO predicts boxes from the cells of a grid",
+            "refinedet data check with the same --preset or --weights counts the objects that share a cell",
+        )
 
 
 def _refine(
@@ -291,7 +301,7 @@ def _search(
 def compare_looks(
     objects: Objects, dataset: Dataset, detector: DetectorConfig, found: AnchorConfig | None
 ) -> list[Look]:
-    """Measure larger inputs, inputs shaped like the pictures, and tiles.
+    """Measure larger inputs, inputs shaped like the pictures, and tiles; inputs that the network takes.
 
     Args:
         objects: to measure on.
@@ -301,14 +311,23 @@ def compare_looks(
     """
     shapes = [math.log(dataset.records[i].width / dataset.records[i].height) for i in objects.records]
     aspect, size = math.exp(sum(shapes) / len(shapes)), (detector.preprocess.height, detector.preprocess.width)
-    with_now = alternatives(objects.boxes, detector.anchors, size, aspect=aspect)
+    with_now = alternatives(objects.boxes, detector.require_anchors(), size, aspect=aspect)
     shares: list[float | None] = [None] * len(with_now)
     if found is not None:
         shares = [other.fit.matched for other in alternatives(objects.boxes, found, size, aspect=aspect)]
     return [
         Look(_look_name(one), one.input_size, one.passes, one.cost, one.fit.matched, share)
         for one, share in zip(with_now, shares, strict=True)
+        if _takes(detector, one.input_size)
     ]
+
+
+def _takes(detector: DetectorConfig, size: tuple[int, int]) -> bool:
+    try:
+        replace(detector, preprocess=replace(detector.preprocess, height=size[0], width=size[1]))
+    except ConfigError:
+        return False
+    return True
 
 
 def _look_name(one: Alternative) -> str:
@@ -402,7 +421,7 @@ def _draw(record: Record, seed: int) -> int:
 def least_budget(detector: DetectorConfig) -> int:
     """Count the anchors of a picture with one shape on every level."""
     size = detector.preprocess
-    return sum((size.height // stride) * (size.width // stride) for stride in detector.anchors.strides)
+    return sum(rows * columns for rows, columns in level_sizes(detector.require_anchors(), size.height, size.width))
 
 
 def search_anchors(
@@ -431,7 +450,7 @@ def search_anchors(
     proposal = design(
         fitted.boxes,
         held_out.boxes,
-        detector.anchors,
+        detector.require_anchors(),
         now.input_size,
         budget=budget,
         seed=seed,

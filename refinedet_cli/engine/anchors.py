@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refinedet_cli.core.anchor_coverage import Coverage, ObjectSet, coverage
+from refinedet_cli.core.anchors import level_sizes
 from refinedet_cli.core.config import AnchorConfig, Classes, DetectorConfig
 from refinedet_cli.core.words import joined
 from refinedet_cli.data.dataset import Dataset
@@ -232,7 +233,7 @@ def report_anchors(objects: Objects, detector: DetectorConfig) -> AnchorReport:
         `AnchorReport`; the objects of ``by_area``, ``by_side``, ``by_ratio`` and ``by_class`` each add up to those of
         ``overall``, and those of ``by_level`` to the ones that overlap an anchor.
     """
-    anchors = detector.anchors
+    anchors = detector.require_anchors()
     size = (detector.preprocess.height, detector.preprocess.width)
     limit = detector.loss.arm_positive_iou if detector.network.arm else detector.loss.odm_positive_iou
     found = coverage(objects.boxes, anchors, size, positive_iou=limit)
@@ -357,18 +358,21 @@ def _group(name: str, found: Coverage, chosen: NDArray[np.int64] | Flags) -> Gro
 
 
 def _levels(detector: DetectorConfig, found: Coverage) -> tuple[LevelUse, ...]:
-    anchors, size = detector.anchors, detector.preprocess
+    anchors, size = detector.require_anchors(), detector.preprocess
     fields = receptive_fields(detector) or (None,) * len(anchors.strides)
+    grids = level_sizes(anchors, size.height, size.width)
     return tuple(
         LevelUse(
             stride=stride,
             shapes=shapes,
-            anchors=(size.height // stride) * (size.width // stride) * len(shapes),
+            anchors=rows * columns * len(shapes),
             positives=tuple(int(count) for count in found.anchor_use[level]),
             best=int((found.best_level == level).sum()),
             receptive_field=fields[level],
         )
-        for level, (stride, shapes) in enumerate(zip(anchors.strides, anchors.shapes, strict=True))
+        for level, (stride, shapes, (rows, columns)) in enumerate(
+            zip(anchors.strides, anchors.shapes, grids, strict=True)
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""Everything that is wrong with a data set: entries, pictures, classes, boxes, and what no anchor can reach."""
+"""Everything that is wrong with a data set: entries, pictures, classes, boxes, and what a detector cannot learn."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from refinedet_cli.core.anchor_coverage import ObjectSet, best_ious, coverage
 from refinedet_cli.core.config import Classes, DetectorConfig
-from refinedet_cli.data.check import OUT_OF_REACH, Finding, Findings, Listed, Severity, Tally
+from refinedet_cli.data.check import OUT_OF_REACH, SAME_CELL, Finding, Findings, Listed, Severity, Tally
 from refinedet_cli.data.check_boxes import Judged, judge_boxes, judge_classes, judge_empty, report_objects
 from refinedet_cli.data.check_entries import Part
 from refinedet_cli.data.check_pictures import Depth, ListedPart, judge_pictures
 from refinedet_cli.data.check_source import find_base, scan_source
 from refinedet_cli.data.dataset import Dataset, Split
 from refinedet_cli.engine.anchors import MATCHED, Shortfall, find_shortfall, gather, percent
+from refinedet_cli.engine.grid_cells import SharedCells, grid_size, sharing
 from refinedet_cli.engine.run_file import RunFile
 from refinedet_cli.engine.start import resolve_config
 from refinedet_cli.errors import DataError
@@ -42,8 +43,8 @@ class CheckOptions:
         images: folder of the pictures.
         root: folder of public data sets.
         depth: how far to look into pictures.
-        weights: whose anchors and input size; None takes those of the preset.
-        preset: whose anchors and input size; None takes the default.
+        weights: whose anchors (or grid) and input size; None takes those of the preset.
+        preset: whose anchors (or grid) and input size; None takes the default.
         threads: that read pictures; None fits the machine.
         keep: whether every single finding is wanted, or one of each kind.
     """
@@ -119,7 +120,8 @@ class DataCheck:
         parts: those that could be read.
         tallies: one for each kind of finding, the severe ones first.
         findings: every one, in the order found, where they were asked for; else none.
-        reach: what no anchor reaches; None where there is no sound box.
+        reach: what no anchor reaches; None where there is no sound box, and for a detector without anchors.
+        cells: what has no cell of its own; None where there is no sound box, and for a detector without a grid.
         depth: how far pictures were looked into.
     """
 
@@ -127,6 +129,7 @@ class DataCheck:
     tallies: tuple[Tally, ...]
     findings: tuple[Finding, ...]
     reach: Reach | None
+    cells: SharedCells | None
     depth: Depth
 
     def count(self, severity: Severity) -> int:
@@ -164,8 +167,9 @@ def check_data(options: CheckOptions, on_progress: Callable[[CheckProgress], Non
     judged = [judge_boxes(part, size, findings) for part, size in zip(parts, sizes, strict=True)]
     judge_empty(parts, findings)
     judge_classes(parts, findings)
-    on_progress(CheckProgress("matching anchors"))
-    reach = _judge_reach(parts, judged, detector, findings)
+    on_progress(CheckProgress("matching anchors" if detector.grid is None else "placing boxes in cells"))
+    reach = _judge_reach(parts, judged, detector, findings) if detector.grid is None else None
+    cells = _judge_cells(parts, judged, detector, findings) if detector.grid is not None else None
     return DataCheck(
         parts=tuple(
             PartSummary(_name(part), part.file, len(part.pictures), len(part.boxes), len(part.classes))
@@ -174,6 +178,7 @@ def check_data(options: CheckOptions, on_progress: Callable[[CheckProgress], Non
         tallies=findings.tallies,
         findings=tuple(findings.kept),
         reach=reach,
+        cells=cells,
         depth=options.depth,
     )
 
@@ -186,14 +191,14 @@ class Remark(NamedTuple):
 
 
 def check_training(training: Dataset, validation: Dataset | None, detector: DetectorConfig) -> tuple[Remark, ...]:
-    """Look at the pictures' headers, and at what anchors cannot reach, before a training.
+    """Look at the pictures' headers, and at what the detector cannot learn, before a training.
 
     The readers have refused, or dropped and counted, what is wrong with the entries.
 
     Args:
         training: to learn from.
         validation: to measure on; None where nothing is measured.
-        detector: its anchors and input size.
+        detector: its anchors or grid, and input size.
 
     Returns:
         a remark for each kind of finding.
@@ -213,8 +218,13 @@ def check_training(training: Dataset, validation: Dataset | None, detector: Dete
     remarks = [Remark(tally.kind.severity, f"{_line(tally)}; {tally.kind.cure}") for tally in findings.tallies]
     size = (detector.preprocess.height, detector.preprocess.width)
     objects = gather(training, size)
+    if detector.grid is not None:
+        left_out = int(sharing(objects.boxes.boxes, objects.boxes.picture, detector).sum())
+        cells = SharedCells(detector.preset, size, grid_size(detector), len(objects), left_out)
+        return (*remarks, Remark(SAME_CELL.severity, f"{cells}; {SAME_CELL.cure}")) if left_out else tuple(remarks)
     best = _best(objects.boxes.boxes, detector)
-    reach = Reach(detector.preset, size, len(objects), find_shortfall(objects.sides, best, detector.anchors))
+    shortfall = find_shortfall(objects.sides, best, detector.require_anchors())
+    reach = Reach(detector.preset, size, len(objects), shortfall)
     if reach.missed.total:
         remarks.append(Remark(OUT_OF_REACH.severity, f"{reach}; {OUT_OF_REACH.cure}"))
     return tuple(remarks)
@@ -256,11 +266,9 @@ def _judge_reach(
     parts: Sequence[Part], judged: Sequence[Judged], detector: DetectorConfig, findings: Findings
 ) -> Reach | None:
     size = (detector.preprocess.height, detector.preprocess.width)
-    scale = np.array([size[1], size[0]] * 2, dtype=np.float64)
     sides, bests = [], []
     for part, found in zip(parts, judged, strict=True):
-        chosen = np.flatnonzero(found.good & ~part.crowd & ~np.isnan(found.sizes[:, 0]))
-        boxes = found.boxes[chosen] / np.tile(found.sizes[chosen], 2) * scale
+        chosen, boxes = _seen(part, found, size)
         best = _best(boxes, detector)
         missed = np.zeros(len(found.good), dtype=bool)
         missed[chosen[best < MATCHED]] = True
@@ -270,16 +278,38 @@ def _judge_reach(
     count = sum(len(best) for best in bests)
     if not count:
         return None
-    shortfall = find_shortfall(np.concatenate(sides), np.concatenate(bests), detector.anchors)
+    shortfall = find_shortfall(np.concatenate(sides), np.concatenate(bests), detector.require_anchors())
     return Reach(detector.preset, size, count, shortfall)
+
+
+def _judge_cells(
+    parts: Sequence[Part], judged: Sequence[Judged], detector: DetectorConfig, findings: Findings
+) -> SharedCells | None:
+    size = (detector.preprocess.height, detector.preprocess.width)
+    objects = left_out = 0
+    for part, found in zip(parts, judged, strict=True):
+        chosen, boxes = _seen(part, found, size)
+        shared = np.zeros(len(found.good), dtype=bool)
+        shared[chosen] = sharing(boxes, part.picture[chosen].astype(np.int64), detector)
+        report_objects(part, shared, found, SAME_CELL, findings)
+        objects += len(chosen)
+        left_out += int(shared.sum())
+    return SharedCells(detector.preset, size, grid_size(detector), objects, left_out) if objects else None
+
+
+def _seen(part: Part, found: Judged, size: tuple[int, int]) -> tuple[NDArray[np.intp], Floats]:
+    """The sound boxes of pictures whose size is known: their places and, float64[N, 4], xyxy, px-in, themselves."""
+    chosen = np.flatnonzero(found.good & ~part.crowd & ~np.isnan(found.sizes[:, 0]))
+    scale = np.array([size[1], size[0]] * 2, dtype=np.float64)
+    return chosen, found.boxes[chosen] / np.tile(found.sizes[chosen], 2) * scale
 
 
 def _best(boxes: Floats, detector: DetectorConfig) -> Floats:
     """The highest overlap of boxes float64[N, 4], xyxy, px-in, on the side of the limit where training sees it."""
-    size = (detector.preprocess.height, detector.preprocess.width)
-    best = best_ious(boxes, detector.anchors, size)
+    anchors, size = detector.require_anchors(), (detector.preprocess.height, detector.preprocess.width)
+    best = best_ious(boxes, anchors, size)
     near = np.flatnonzero(np.abs(best - MATCHED) < _NEAR)
     one = np.ones(len(near), dtype=np.int64)
     exact = ObjectSet(boxes[near], one, np.arange(len(near), dtype=np.int64), len(near))
-    best[near] = coverage(exact, detector.anchors, size).best_iou
+    best[near] = coverage(exact, anchors, size).best_iou
     return best

@@ -25,8 +25,8 @@ from refinedet_cli.engine.detect_journal import RunKey
 from refinedet_cli.engine.detect_names import UniqueNames
 from refinedet_cli.engine.detect_outputs import FORMATS
 from refinedet_cli.engine.detect_reading import Decoded, Listed, Pixels, blocks, read_groups
-from refinedet_cli.engine.detect_shards import Shard
 from refinedet_cli.engine.detect_store import InMemory, OnDisk, Store, Summary
+from refinedet_cli.engine.distributed import Shard
 from refinedet_cli.engine.predict import AnyPredictor
 from refinedet_cli.engine.results import ClassCount, Origin, PictureRecord, detection_rows, origin_of
 from refinedet_cli.errors import DataError

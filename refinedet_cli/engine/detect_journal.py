@@ -22,10 +22,11 @@ from typing import Any, NamedTuple, Self
 
 from refinedet_cli import __version__
 from refinedet_cli.core.config import Classes, DetectorConfig, to_dict
-from refinedet_cli.data.files import whole_file, write_whole
+from refinedet_cli.data.files import write_whole
 from refinedet_cli.data.images import FoundImage
 from refinedet_cli.engine.results import Origin, PictureRecord, Row, row_document
 from refinedet_cli.errors import DataError, UsageError
+from refinedet_cli.files import whole_file
 
 JOURNAL_NAME = "detections.jsonl"
 

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from refinedet_cli.core.config import Classes
-from refinedet_cli.data.files import whole_file, write_whole
+from refinedet_cli.data.files import write_whole
 from refinedet_cli.engine.detect_copies import ANNOTATED_NAME, CROPS_NAME
 from refinedet_cli.engine.detect_journal import Earlier, records_in
 from refinedet_cli.engine.detect_names import UniqueNames
 from refinedet_cli.engine.results import RESULTS_NAME, Origin, PictureRecord, write_records, write_results_list
 from refinedet_cli.errors import DataError, UsageError
+from refinedet_cli.files import whole_file
 
 # What is written only if it is asked for; `detections.json` always is.
 FORMATS = ("results", "yolo", "csv")

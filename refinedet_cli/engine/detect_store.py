@@ -17,7 +17,8 @@ from refinedet_cli.engine.detect_journal import (
     look_at,
 )
 from refinedet_cli.engine.detect_outputs import refuse_strangers, remove_earlier, write_outputs
-from refinedet_cli.engine.detect_shards import Shard, wait_for_all
+from refinedet_cli.engine.detect_shards import wait_for_all
+from refinedet_cli.engine.distributed import Shard
 from refinedet_cli.engine.results import RESULTS_NAME, ClassTally, PictureRecord, write_records
 from refinedet_cli.errors import UsageError
 
@@ -173,6 +174,8 @@ class OnDisk:
         self._begun = False
         self._earlier: Earlier | None = None
         self._journal = Journal(out, key, classes, rank=None if shard is None else shard.rank)
+        # Rank 0 removes the journals of the others as soon as they hold their last picture.
+        self._own = Summary(classes) if shard is not None and shard.rank else None
         if resume:
             self._journal.read()
             refuse_strangers(out, outputs, look_at(journals_in(out)))
@@ -205,6 +208,8 @@ class OnDisk:
 
     def append(self, record: PictureRecord) -> None:
         """Put a record into the journal."""
+        if self._own is not None:
+            self._own.add(record)
         self._journal.append(record)
 
     def stop(self) -> None:
@@ -227,7 +232,9 @@ class OnDisk:
         return written
 
     def summary(self) -> Summary:
-        """Sum up the journal."""
+        """Sum up the journal; of several processes those above rank 0 sum up what they have done themselves."""
+        if self._own is not None:
+            return self._own
         summary = Summary(self._classes)
         for record in self._journal:
             summary.add(record)

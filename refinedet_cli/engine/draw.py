@@ -66,7 +66,8 @@ class Mark(NamedTuple):
     Attributes:
         box: xyxy, px-img.
         colour: of its line and of the plate of its tag.
-        tag: a name, which is cut where room is short, and what follows it in full; None for a box without a tag.
+        tag: a name, which is cut where room is short, and what follows it in full, if anything; None for a box without
+            a tag.
     """
 
     box: Sequence[float]
@@ -140,7 +141,7 @@ def draw_detections(image: Canvas, detections: Detections, classes: Classes) -> 
     boxes = detections.boxes.detach().cpu().double().tolist()
     scores = [float(score) for score in detections.scores]
     marks = [
-        Mark(boxes[i], class_colour(labels[i]), (_tag_name(classes, labels[i]), f"{scores[i]:.2f}"))
+        Mark(boxes[i], class_colour(labels[i]), (tag_name(classes, labels[i]), f"{scores[i]:.2f}"))
         for i in sorted(range(len(scores)), key=lambda i: -scores[i])
     ]
     draw_boxes(canvas, marks, line=line, letters=font_size)
@@ -211,12 +212,23 @@ def built_in_font(size: int) -> ImageFont.FreeTypeFont:
     return font
 
 
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """Load the first font here that has every letter of a text; Pillow's own where none has.
+
+    Args:
+        text: to be drawn.
+        size: px.
+    """
+    return _font(_font_file(text) or _BUILT_IN, size) or built_in_font(size)
+
+
 def _one_line(name: str) -> str:
     """The name without line breaks, tabs and control characters, which have no glyph."""
     return " ".join("".join(c if c.isprintable() else " " for c in name).split())
 
 
-def _tag_name(classes: Classes, label: int) -> str:
+def tag_name(classes: Classes, label: int) -> str:
+    """The name of a class as a tag shows it: on one line, or its category id where no font here has its letters."""
     name = _one_line(classes.names[label - 1])
     return f"#{classes.category_ids[label - 1]}" if _font_file(name) is None else name
 
@@ -385,10 +397,10 @@ def _place_tags(wanted: list[_Wanted], font_size: float, canvas: Canvas) -> list
 
 def _make_tag(wanted: _Wanted, size: int, picture_width: int) -> _Tag:
     """Measure a tag; a name that would cross most of the picture is cut."""
-    font = _font(_font_file(wanted.name) or _BUILT_IN, _FINER * size) or built_in_font(_FINER * size)
+    font = font_for(wanted.name, _FINER * size)
     indent = max(2, round(0.32 * size))
     room = _FINER * max(1, min(picture_width, max(0.5 * picture_width, 12 * size)) - 2 * indent)
-    text = f"{wanted.name} {wanted.score}"
+    text = f"{wanted.name} {wanted.score}".rstrip()
     if font.getbbox(text)[2] > room:
         text = _shorten(wanted, font, room)
     capital = font.getbbox("H", anchor="ls")
@@ -408,7 +420,7 @@ def _make_tag(wanted: _Wanted, size: int, picture_width: int) -> _Tag:
 def _shorten(wanted: _Wanted, font: ImageFont.FreeTypeFont, room: float) -> str:
     """Cut the name, not the score, until the text fits; a very narrow picture shows the score alone."""
     for length in range(len(wanted.name) - 1, 0, -1):
-        shorter = f"{wanted.name[:length].rstrip()}… {wanted.score}"
+        shorter = f"{wanted.name[:length].rstrip()}… {wanted.score}".rstrip()
         if font.getbbox(shorter)[2] <= room:
             return shorter
     return wanted.score

@@ -19,7 +19,7 @@ from refinedet_cli.data.dataset import Dataset
 from refinedet_cli.data.loading import Plan, TrainingSet, collate
 from refinedet_cli.engine.evaluate import evaluate
 from refinedet_cli.engine.predict import Predictor
-from refinedet_cli.engine.recipe import make_plan, milestone_steps
+from refinedet_cli.engine.recipe import fewest_frozen, make_plan, milestone_steps
 from refinedet_cli.engine.train import Rehearsal, RunOptions, rehearse
 from refinedet_cli.zoo.checkpoint import LoadedDetector
 
@@ -40,9 +40,10 @@ class Forecast:
         milestones: steps after which the rate drops.
         lr: of the heads, before any drop.
         input_size: height and width, px-in.
-        parameters, trainable: numbers of the network.
+        parameters, trainable: numbers of the network; what is freed in the course of the run is trainable.
         measured_steps: how many steps the times are of.
-        step_seconds: of one step at full input size: reading pictures, forward, backward and optimiser.
+        step_seconds: of one step at full input size, with the fewest stages frozen: reading pictures, forward, backward
+            and optimiser.
         loading_seconds: of making one batch in a single process, part of which workers take off the step.
         training_hours: of all steps; those on smaller input count by their area.
         evaluations: how often the validation pictures are scored.
@@ -94,7 +95,14 @@ def forecast(
     """
     preprocess = detector.config.preprocess
     plan = make_plan(len(data.records), preprocess, config)
-    few = replace(config, small_input=(), steps=min(plan.steps, WARM_UP + MEASURED))
+    few = replace(
+        config,
+        small_input=(),
+        steps=min(plan.steps, WARM_UP + MEASURED),
+        # What is frozen at first is trained in the end, and costs most then.
+        freeze_stages=fewest_frozen(config),
+        unfreeze=(),
+    )
     excerpt = _excerpt(data, few, detector)
     if options.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(options.device)
@@ -180,7 +188,9 @@ def _evaluation_seconds(detector: Detector, validation: Dataset, config: TrainCo
     evaluate(predictor, replace(validation, records=validation.records[:1]), batch=1, workers=workers)
     some = validation.records[: config.batch]
     started = time.perf_counter()
-    evaluate(predictor, replace(validation, records=some), batch=config.batch, workers=workers)
+    evaluate(
+        predictor, replace(validation, records=some), batch=max(1, len(some) // config.accumulate), workers=workers
+    )
     return (time.perf_counter() - started) / len(some) * len(validation.records)
 
 

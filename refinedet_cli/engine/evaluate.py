@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from refinedet_cli.core.build import build
@@ -20,6 +21,7 @@ from refinedet_cli.core.config import Classes, PostprocessConfig
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.data.dataset import ClassMatch, Dataset, Record, canonical_name, listed, match_classes, remap
 from refinedet_cli.data.loading import read_record
+from refinedet_cli.engine.distributed import ALONE, Processes
 from refinedet_cli.engine.predict import AnyPredictor
 from refinedet_cli.engine.results import PictureResult, SavedDetections, detection_rows
 from refinedet_cli.errors import DataError, UsageError
@@ -126,6 +128,7 @@ def evaluate(
     batch: int,
     workers: int,
     on_progress: Callable[[EvaluationProgress], None] = ignore,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Run a detector over a data set and score what it finds with the COCO metric.
 
@@ -138,18 +141,20 @@ def evaluate(
         batch: pictures computed together.
         workers: threads that read pictures ahead.
         on_progress: called after every batch.
+        processes: that share the pictures, each with the same arguments; all get the whole.
 
     Returns:
-        `Evaluation`; it depends neither on ``workers`` nor on the order of the records, and in fp32 on ``batch`` only
-        as far as sums of another order move a score's last written decimal.
+        `Evaluation`; it depends neither on ``workers`` and ``processes`` nor on the order of the records, and in fp32
+        on ``batch`` only as far as sums of another order move a score's last written decimal.
 
     Raises:
         DataError: detector and data set share no class, there is no picture, or a picture cannot be read: a number over
             the others would not be the data set's.
     """
-    collected = collect(predictor, dataset, batch=batch, workers=workers, on_progress=on_progress)
+    collected = collect(predictor, dataset, batch=batch, workers=workers, on_progress=on_progress, processes=processes)
     notes = (*collected.notes, *coco_notes(collected))
-    return Evaluation(**{**vars(collected), "notes": notes}, result=score_coco(collected))
+    result = processes.from_first(lambda: score_coco(collected))
+    return Evaluation(**{**vars(collected), "notes": notes}, result=result)
 
 
 def collect(
@@ -159,14 +164,19 @@ def collect(
     batch: int,
     workers: int,
     on_progress: Callable[[EvaluationProgress], None] = ignore,
+    processes: Processes = ALONE,
 ) -> Collected:
     """Run a detector over a data set; arguments, order and errors are those of `evaluate`."""
     paired = _pair(dataset, predictor.classes)
     started = time.perf_counter()
-    found: list[Detections] = []
-    for images in _batches(paired.records, batch, workers):
-        found += predictor.predict(images)
-        on_progress(EvaluationProgress(len(found), len(paired.records)))
+    total = len(paired.records)
+    # Whole batches, so that a picture is computed beside the same others however many processes there are.
+    own = [i for i in range(total) if i // batch % processes.count == processes.rank]
+    mine: list[Detections] = []
+    for images in _batches([paired.records[i] for i in own], batch, workers):
+        mine += predictor.predict(images)
+        on_progress(EvaluationProgress(min(len(mine) * processes.count, total), total))
+    found = _in_order(processes.gather(_packed(own, mine)), total) if processes.count > 1 else mine
     seconds = time.perf_counter() - started
     pictures = tuple(
         PictureResult(r.image_id, r.file_name, r.width, r.height, d) for r, d in zip(paired.records, found, strict=True)
@@ -451,6 +461,38 @@ def _read_ahead(records: Sequence[Record], workers: int, ahead: int) -> Generato
         finally:
             for future in reading:
                 future.cancel()
+
+
+class _Packed(NamedTuple):
+    """Detections of some pictures, in few arrays: the places of the pictures, how many each has, and all joined."""
+
+    places: list[int]
+    counts: list[int]
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+
+def _packed(places: list[int], found: Sequence[Detections]) -> _Packed:
+    return _Packed(
+        places,
+        [len(d) for d in found],
+        np.concatenate([np.zeros((0, 4), np.float32), *(d.boxes.numpy() for d in found)]),
+        np.concatenate([np.zeros(0, np.float32), *(d.scores.numpy() for d in found)]),
+        np.concatenate([np.zeros(0, np.int64), *(d.labels.numpy() for d in found)]),
+    )
+
+
+def _in_order(packed: Sequence[_Packed], total: int) -> list[Detections]:
+    """Unpack the detections of all processes, by the places of their pictures."""
+    found: dict[int, Detections] = {}
+    for part in packed:
+        ends = np.cumsum(part.counts, dtype=np.int64)
+        for place, count, end in zip(part.places, part.counts, ends.tolist(), strict=True):
+            rows = slice(end - count, end)
+            arrays = (part.boxes[rows], part.scores[rows], part.labels[rows])
+            found[place] = Detections(*map(torch.from_numpy, arrays))
+    return [found[place] for place in range(total)]
 
 
 def _reported(image_id: int, detections: Detections, classes: Classes, scored: NDArray[np.int64]) -> PictureDetections:

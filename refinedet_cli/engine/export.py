@@ -45,6 +45,7 @@ from refinedet_cli.engine.predict import AnyPredictor, Predictor
 from refinedet_cli.engine.proof import TOLERANCES, Accuracy, Proof, compare, judge
 from refinedet_cli.engine.sidecar import SIDECAR_SUFFIX, GoldenPictures, Picture, sidecar_text, versions
 from refinedet_cli.errors import ConfigError, DataError, UsageError
+from refinedet_cli.files import written_by_a_library
 from refinedet_cli.zoo.checkpoint import LoadedDetector, file_sha256, load_detector
 
 _CPU = torch.device("cpu")
@@ -134,7 +135,8 @@ def export(
     with _workshop(out) as folder:
         on_progress(Stage("writing"))
         path = folder / name
-        _write(loaded, path, info, options)
+        with written_by_a_library(out / name):
+            _write(loaded, path, info, options)
         candidate = ArtefactPredictor(open_artefact(path, trusted=True), _CPU)
         # Anew, because the one that was exported may have been rounded.
         reference = Predictor(_load(weights, options), device=_CPU, precision="fp32")

@@ -61,7 +61,10 @@ def write_torch_export(module: Deployed, path: Path, info: ArtefactInfo) -> None
     example, shapes = _example(module, info)
     with _silent():
         program = torch.export.export(module, (example,), dynamic_shapes=(shapes,) if shapes else None, strict=False)
-        torch.export.save(program, path, extra_files={METADATA_KEY: info.to_json()})
+        # Not to the path: on a full disk that ends the whole process.
+        archive = io.BytesIO()
+        torch.export.save(program, archive, extra_files={METADATA_KEY: info.to_json()})
+    path.write_bytes(archive.getvalue())
 
 
 def write_openvino(onnx_file: Path, path: Path, info: ArtefactInfo) -> None:

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+_SYSTEM = Path("/proc/meminfo")
+_CONTAINER = Path("/sys/fs/cgroup")
 
 
 def peak_memory() -> int | None:
@@ -23,6 +25,23 @@ def peak_memory() -> int | None:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return None
+
+
+def free_memory() -> int | None:
+    """Tell how many bytes this process could still take without swapping; None where it cannot be known.
+
+    What the system would give back of its caches counts as free; the limit of a container counts as there is no more.
+    """
+    if not _SYSTEM.is_file():
+        return None
+    found = re.search(r"^MemAvailable:\s*(\d+) kB$", _SYSTEM.read_text(), re.MULTILINE)
+    free = [int(found[1]) * 1024] if found else []
+    try:
+        limit, taken = ((_CONTAINER / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        free.append(max(0, int(limit) - int(taken)))
+    except (OSError, ValueError):  # no container, or "max": no limit
+        pass
+    return min(free, default=None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

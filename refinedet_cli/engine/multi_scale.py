@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from refinedet_cli.core.config import PreprocessConfig, from_dict
+from refinedet_cli.core.config import DetectorConfig, PreprocessConfig, from_dict
 from refinedet_cli.core.multi_scale import (
     SCHEDULE_NAMES,
     ScalePass,
@@ -146,12 +146,26 @@ def make_predictor(
         multi_scale: as ``source`` of `find_schedule`; None looks at each picture once.
 
     Raises:
-        ConfigError: as `find_schedule`.
+        ConfigError: as `find_schedule`; or the network does not take inputs of these sizes.
     """
     if multi_scale is None:
         return Predictor(loaded, device=device, precision=precision)
     schedule = find_schedule(multi_scale, loaded.config.preprocess)
+    _check_passes(schedule, loaded.config)
     return MultiScalePredictor(loaded, device=device, precision=precision, schedule=schedule)
+
+
+def _check_passes(schedule: ScaleSchedule, config: DetectorConfig) -> None:
+    """Refuse inputs that the network does not take: those of SSD300 have to be just so large."""
+    for entry in schedule.passes:
+        for height, width in (entry.input_size(1, 2), entry.input_size(2, 1)):
+            try:
+                replace(config, preprocess=replace(config.preprocess, height=height, width=width))
+            except ConfigError as error:
+                raise ConfigError(
+                    f"multi-scale {schedule.name}: a pass at {width} x {height} px: {error.message}",
+                    "leave --multi-scale out, or name a file of passes of sizes that fit",
+                ) from None
 
 
 def describe_passes(schedule: ScaleSchedule) -> str:

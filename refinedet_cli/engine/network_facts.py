@@ -59,7 +59,7 @@ def receptive_fields(config: DetectorConfig) -> tuple[int, ...] | None:
         backbone: Any = _without_weights(build_backbone(config.network))
     width = 1024
     while width < _WIDEST:
-        fields = _measure(backbone, width, max(config.anchors.strides))
+        fields = _measure(backbone, width, max(config.require_anchors().strides))
         if max(fields) < width // 2:
             return fields
         width *= 2

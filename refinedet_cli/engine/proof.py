@@ -40,8 +40,8 @@ TOLERANCES = {
     "fp16": Tolerance(above=0.05, iou=0.75, score=0.1, unmatched=0.03, ap=0.005),
     "int8": Tolerance(above=0.3, iou=0.5, score=1.0, unmatched=0.05, ap=0.015),
 }
-# An overlap this near to the threshold of NMS, or a score this near to the last that is kept: the rounding of an engine
-# alone decides.
+# An overlap this near to the threshold of NMS, or a score this near to a rival's or to the last that is kept: the
+# rounding of an engine alone decides.
 TIE = 1e-5
 # Boxes whose edges all lie this near are equal, px-img: of a sliver at the border of a picture IoU tells nothing.
 SAME = 0.01
@@ -209,8 +209,9 @@ def _count_ties(
     """Count the boxes without counterpart that rounding explains.
 
     One whose overlap with a better box of its class lies on the threshold is kept by one engine and dropped by the
-    other. What it suppresses then hangs on it, and so on. And where as many were kept as may be, one that scores like
-    the last of them may be the next.
+    other. So is one of two that overlap and score alike, as in plain parts of a picture, where a network says the same
+    everywhere. What it suppresses then hangs on it, and so on. And where as many were kept as may be, one that scores
+    like the last of them may be the next.
     """
     loose = [(reference, i) for i in alone[0]] + [(other, i) for i in alone[1]]
     boxes = torch.stack([found.boxes[i] for found, i in loose])
@@ -224,8 +225,10 @@ def _count_ties(
         ]
     )
     for found in (reference, other):
-        better = found.scores.numpy()[None] > scores.numpy()[:, None]
-        explained |= ((np.abs(_overlaps(these, found) - limits.nms_iou) < TIE) & better).any(axis=1)
+        overlaps, lead = _overlaps(these, found), found.scores.numpy()[None] - scores.numpy()[:, None]
+        explained |= ((np.abs(overlaps - limits.nms_iou) < TIE) & (lead > 0)).any(axis=1)
+        rival = ((overlaps > limits.nms_iou) & (np.abs(lead) < TIE)).any(axis=1)
+        explained |= rival & np.array([lacking is found for lacking in absent])
     hangs_on = _overlaps(these, these) > limits.nms_iou - TIE
     while (spread := explained | hangs_on[:, explained].any(axis=1)).sum() > explained.sum():
         explained = spread

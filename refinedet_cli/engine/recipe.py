@@ -42,7 +42,12 @@ def milestone_steps(config: TrainConfig, steps: int) -> tuple[int, ...]:
     """
     if config.schedule != "multistep":
         return ()
-    return tuple(math.ceil(fraction * steps - 1e-6) for fraction in config.milestones)
+    return tuple(_first_step(fraction, steps) for fraction in config.milestones)
+
+
+def _first_step(fraction: float, steps: int) -> int:
+    """Count the steps before a fraction of the run is done; what was meant to be a whole number is that."""
+    return math.ceil(fraction * steps - 1e-6)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -69,8 +74,9 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Group parameters by part and kind: biases are not decayed and get ``bias_lr``, normalisation has its own rule.
 
-    The backbone, for ``backbone_lr``, is what its stages hold. Frozen parameters are left out. Each group's ``lr`` is
-    multiplied by `learning_rate` at every step.
+    The backbone, for ``backbone_lr``, is what its stages hold. Parameters that are never trained are left out; those
+    that ``unfreeze`` frees later are in from the start, and untouched as long as they have no gradient. Each group's
+    ``lr`` is multiplied by `learning_rate` at every step, and by nothing else.
     """
     norms = {
         id(p)
@@ -98,14 +104,28 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
     return torch.optim.SGD(described, momentum=config.momentum)
 
 
-def freeze(network: nn.Module, config: TrainConfig) -> None:
-    """Put the network into training mode, with the backbone's lowest stages and normalisation fixed as configured."""
+def frozen_stages(config: TrainConfig, step: int, steps: int) -> int:
+    """Tell how many of the backbone's stages, from the input up, are not trained at a step (0-based) of a run."""
+    reached = [stages for fraction, stages in config.unfreeze if step >= _first_step(fraction, steps)]
+    return min([config.freeze_stages, *reached])
+
+
+def fewest_frozen(config: TrainConfig) -> int:
+    """Tell how many stages are never trained in the whole run."""
+    return min([config.freeze_stages, *(stages for _, stages in config.unfreeze)])
+
+
+def freeze(network: nn.Module, config: TrainConfig, lowest: int) -> None:
+    """Put the network into training mode, with its ``lowest`` stages and normalisation as configured fixed.
+
+    It may be called again with fewer stages: what is no longer fixed is trained from then on.
+    """
     network.train()
     backbone: Any = network.backbone
     stages = backbone.stages()
-    for stage in stages[: config.freeze_stages]:
-        stage.requires_grad_(False)
-        stage.eval()
+    for place, stage in enumerate(stages):
+        stage.requires_grad_(place >= lowest)
+        stage.train(place >= lowest)
     if config.freeze_norm:
         for module in (m for stage in stages for m in stage.modules()):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -118,6 +138,8 @@ def input_sizes(preprocess: PreprocessConfig, config: TrainConfig) -> Callable[[
 
     def at(done: float) -> PreprocessConfig:
         scale = next((s for until, s in sorted(config.small_input) if done < until), 1.0)
+        if scale == 1.0:
+            return preprocess
         height, width = (max(64, round(v * scale / 64) * 64) for v in (preprocess.height, preprocess.width))
         return replace(preprocess, height=height, width=width)
 

@@ -25,6 +25,8 @@ from refinedet_cli.metrics.error_kinds import KINDS
 # Pictures that are shown for each of the three reasons, and the longer side they are scaled down to, px.
 PICTURES_OF_A_REASON = 8
 PICTURE_SIDE = 560
+# Classes of which the page shows what they are taken for; a table of a thousand would be a million cells.
+_CONFUSED = 60
 
 Fault = Literal["missed", "false", "confused"]
 # What a wrong detection is to someone who looks at the picture.
@@ -69,7 +71,7 @@ class Page:
         columns: headings of the numbers of each class.
         rows: for each class of ``reasons.names`` its numbers under those headings.
         reasons: what lies behind them.
-        refinement: what moving the anchors twice does, where it was measured.
+        refinement: what moving the anchors does, where it was measured.
         pictures: those that were scored, in the order in which ``reasons`` were found.
         facts: settings and provenance, name and value.
     """
@@ -144,6 +146,7 @@ def render(page: Page) -> str:
         steps=refinement_steps(page.refinement),
         most_gain=max((k.gain or 0 for k in reasons.errors.kinds), default=0) or 1,
         most_confused=max(1, int(_off_diagonal(reasons.confusion).max(initial=0))),
+        confused=_most_confused(reasons.confusion),
     )
 
 
@@ -303,6 +306,14 @@ def _f1_at(curve: Curve, scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _points(x: NDArray[np.float64], y: NDArray[np.float64]) -> str:
     return " ".join(f"{100 * a:.1f},{100 - 100 * b:.1f}" for a, b in zip(x, y, strict=True))
+
+
+def _most_confused(table: NDArray[np.int64]) -> list[int]:
+    """Choose the labels whose rows and columns are shown: all, or those that are mixed up most, and 0 for nothing."""
+    mixed = _off_diagonal(table)
+    mistakes = mixed.sum(axis=0) + mixed.sum(axis=1)
+    chosen = 1 + np.argsort(-mistakes[1:], kind="stable")[:_CONFUSED]
+    return [0, *sorted(chosen.tolist())]
 
 
 def _off_diagonal(table: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -20,12 +20,12 @@ from refinedet_cli.core.config import Classes, to_dict
 from refinedet_cli.core.multi_scale import ScaleSchedule
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.core.tiling import Tiling
-from refinedet_cli.data.files import whole_file
 from refinedet_cli.data.images import open_regular
 from refinedet_cli.data.json_entries import category_names, get, is_number, list_of, shown, whole
 from refinedet_cli.engine.predict import AnyPredictor
 from refinedet_cli.engine.tiling import tiling_of
 from refinedet_cli.errors import DataError
+from refinedet_cli.files import whole_file
 from refinedet_cli.zoo.checkpoint import file_sha256
 
 RESULTS_NAME = "detections.json"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from refinedet_cli.errors import CheckpointError
+from refinedet_cli.files import sync_folder, whole_file
 
 STATE_VERSION = 1
 
@@ -26,6 +27,11 @@ class RunState:
         best: best validation AP so far, or None.
         settings: resolved config of the run, plain data.
         data: fingerprint of the training data.
+        without_gain: evaluations since the best; states of before it was counted begin at 0.
+        best_step: where that AP was reached; None where there is none, and in older states.
+        evaluated: False between a step after which the weights are to be evaluated and the end of the evaluation.
+        scores: what the weights of this very step reached, if they were evaluated.
+        log: what `RunLog` has added up for its next row.
     """
 
     step: int
@@ -35,19 +41,31 @@ class RunState:
     best: float | None
     settings: dict[str, Any]
     data: str
+    without_gain: int = 0
+    best_step: int | None = None
+    evaluated: bool = True
+    scores: dict[str, float | None] = field(default_factory=dict)
+    log: dict[str, Any] = field(default_factory=dict)
 
 
 def save_state(path: Path, state: RunState) -> None:
-    """Write the state whole: an interruption at any moment leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            torch.save({"version": STATE_VERSION, **vars(state)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write the state whole and safely on disk: any end, at any moment, leaves the old file or the new one.
+
+    Raises:
+        DataError: it cannot be written; the old file is untouched.
+    """
+    content = {"version": STATE_VERSION, **vars(state)}
+    with whole_file(path, size=sum(t.nbytes for t in _tensors(content))) as file:
+        torch.save(content, file)
+    sync_folder(path.resolve().parent)
+
+
+def _tensors(content: Any) -> Iterator[torch.Tensor]:
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, dict):
+        for value in content.values():
+            yield from _tensors(value)
 
 
 def load_state(path: Path) -> RunState:

@@ -24,15 +24,19 @@ from refinedet_cli.core.config import (
 from refinedet_cli.core.detector import Detector
 from refinedet_cli.core.presets import DEFAULT_PRESET, Preset, get_preset
 from refinedet_cli.data.dataset import match_classes
+from refinedet_cli.engine.recipe import input_sizes
 from refinedet_cli.engine.run_file import RunFile
+from refinedet_cli.engine.warm_start_notes import explain, parts_line
 from refinedet_cli.errors import CheckpointError, ConfigError
 from refinedet_cli.zoo.backbone_weights import BackboneFile, load_backbone
 from refinedet_cli.zoo.checkpoint import load_detector, read_header
 from refinedet_cli.zoo.hub import resolve_weights
-from refinedet_cli.zoo.warm_start import copy_detector
+from refinedet_cli.zoo.warm_start import WarmStart, copy_detector
 
 NO_WEIGHTS = "none"
 _DECIDED = {"family", "preset", "classes"}
+# Tables that only some families have.
+_OF_FAMILY = ("anchors", "grid")
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def resolve_config(
         resolved = replace(resolved, detector=detector)
     elif weights == NO_WEIGHTS:
         # What is drawn at random has to be learned: no preset's frozen layers would ever be of use.
-        resolved = replace(resolved, train=replace(resolved.train, freeze_stages=0, freeze_norm=False))
+        resolved = replace(resolved, train=replace(resolved.train, freeze_stages=0, freeze_norm=False, unfreeze=()))
     try:
         resolved = _change(resolved, _flat(run_file.settings))
     except ConfigError as error:
@@ -115,20 +119,33 @@ def _change(resolved: Preset, pairs: Sequence[tuple[str, Any]]) -> Preset:
     document = {**to_dict(resolved.detector), "train": to_dict(resolved.train)}
     for name, value in pairs:
         _put(document, name, value)
-    train = document.pop("train")
-    return Preset(detector=from_dict(DetectorConfig, document), train=from_dict(TrainConfig, train, where="train"))
+    train = from_dict(TrainConfig, document.pop("train"), where="train")
+    detector = from_dict(DetectorConfig, document)
+    _check_small_input(detector, train)
+    return Preset(detector=detector, train=train)
+
+
+def _check_small_input(detector: DetectorConfig, train: TrainConfig) -> None:
+    at = input_sizes(detector.preprocess, train)
+    for done in (0.0, *(until for until, _ in train.small_input)):
+        try:
+            replace(detector, preprocess=at(done))
+        except ConfigError as error:
+            raise ConfigError(f"train.small_input: {error.message}", "set it to [] for this network") from None
 
 
 def _put(document: dict[str, Any], name: str, value: Any) -> None:
     *path, last = name.split(".")
     table: Any = document
+    if path and path[0] in _OF_FAMILY and document[path[0]] is None:
+        raise ConfigError(f"setting {name!r} does not apply: a {document['family']} has no {path[0]}")
     for part in [*path, last]:
         if not isinstance(table, dict):
             raise ConfigError(f"unknown setting {name!r}", f"{'.'.join(path)!r} has no settings of its own")
         if table is document and part in _DECIDED:
             raise ConfigError(f"{name!r} cannot be set", "classes come from the data, the preset from --preset")
         if part not in table:
-            known = sorted(table.keys() - _DECIDED)
+            known = sorted(k for k in table.keys() - _DECIDED if k not in _OF_FAMILY or table[k] is not None)
             raise ConfigError(f"unknown setting {name!r}", f"known here: {', '.join(known)}")
         parent, table = table, table[part]
     parent[last] = value
@@ -228,26 +245,21 @@ def _warm_start(detector: Detector, path: Path) -> Start:
     old, new = source.config, detector.config
     match = match_classes(old.classes, new.classes)
     label_map = {label: int(match.labels[label]) for label in range(1, len(new.classes) + 1) if match.labels[label]}
-    taken = copy_detector(
-        detector.network,
-        source.detector.network.state_dict(),
-        label_map,
-        new.classes.with_background,
-        old.classes.with_background,
-    )
-    if not any(name.startswith("backbone.") for name in taken.copied):
+    taken = copy_detector(detector, source.detector, label_map)
+    _refuse_misfit(taken, detector, path, old.preset)
+    kept = label_map if taken.class_outputs else {}
+    origin = {"weights": path.name, "classes_taken_over": [new.classes.names[label - 1] for label in kept]}
+    notes = [f"start: {path.name}: {parts_line(taken)}", *explain(taken, new, old, kept)]
+    return Start(detector, tuple(notes), origin)
+
+
+def _refuse_misfit(taken: WarmStart, detector: Detector, path: Path, preset: str) -> None:
+    """Refuse weights of which less than half of the backbone fits: a chance likeness of shapes is worse than none."""
+    sizes = {n: t.numel() for n, t in detector.network.state_dict().items() if n.startswith("backbone.")}
+    fitting = [n for n in taken.copied if n in sizes]
+    if 2 * sum(sizes[n] for n in fitting) < sum(sizes.values()):
+        how_many = f"only {len(fitting)} of the {len(sizes)} tensors of the backbone" if fitting else "none"
         raise CheckpointError(
-            f"{path}: none of these weights fit the preset {new.preset!r} (they are of {old.preset!r})",
+            f"{path}: {how_many} of these weights fit the preset {detector.config.preset!r} (they are of {preset!r})",
             "name weights of this preset, or start with --weights none or --backbone-weights",
         )
-    notes = [f"start: {path.name} ({len(taken.copied) + len(taken.remapped)} tensors)"]
-    known = [new.classes.names[label - 1] for label in label_map]
-    if len(known) == len(new.classes):
-        notes.append("start: all class outputs taken over by name")
-    else:
-        notes.append(f"start: class outputs taken over by name: {', '.join(known) or 'none'}; the rest are new")
-    if taken.fresh:
-        notes.append(f"start: {len(taken.fresh)} tensors have other shapes and start at random")
-    if to_dict(old.preprocess) != to_dict(new.preprocess):
-        notes.append("start: the input size or normalisation differs from that of the weights")
-    return Start(detector, tuple(notes), {"weights": path.name, "classes_taken_over": known})

@@ -12,17 +12,28 @@ from refinedet_cli.core.config import to_dict
 from refinedet_cli.core.presets import Preset
 from refinedet_cli.data.dataset import Dataset, join, remap
 from refinedet_cli.data.source import find_splits, hold_out, open_dataset
+from refinedet_cli.engine import batch_size
 from refinedet_cli.engine.device import DeviceName, describe_device, select_device, select_precision
+from refinedet_cli.engine.distributed import ALONE, Processes
 from refinedet_cli.engine.dry_run import Forecast, forecast
+from refinedet_cli.engine.preview import Preview, make_preview, save_sheet
 from refinedet_cli.engine.recipe import make_plan
 from refinedet_cli.engine.run_file import RunFile, read_run_file, relative_to_run
+from refinedet_cli.engine.run_record import LAST_FILE, STATE_FILE
+from refinedet_cli.engine.run_state import load_state
 from refinedet_cli.engine.start import NO_WEIGHTS, Start, resolve_config, start_detector
-from refinedet_cli.engine.train import LAST_FILE, STATE_FILE, Report, RunOptions, TrainResult, train
+from refinedet_cli.engine.tensorboard import require_tensorboard
+from refinedet_cli.engine.train import SAVE_EVERY_SECONDS, Report, RunOptions, TrainResult, train
 from refinedet_cli.errors import ConfigError, DataError, UsageError
 from refinedet_cli.zoo.backbone_weights import BackboneFile, find_backbone_weights
 
 HELD_OUT = 0.15
 NO_VALIDATION = "none"
+
+
+def never() -> bool:
+    """Let a run go to its end."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -52,16 +63,31 @@ class TrainingSession:
         settings = {"detector": to_dict(self.preset.detector), "train": to_dict(self.preset.train)}
         return {**settings, **self.options.record}
 
-    def run(self, on_progress: Callable[[Report], None], should_stop: Callable[[], bool]) -> TrainResult:
-        """Train until the end, or until ``should_stop``, which is asked after every step.
+    def run(
+        self,
+        on_progress: Callable[[Report], None],
+        should_stop: Callable[[], bool],
+        interrupted: Callable[[], bool] = never,
+    ) -> TrainResult:
+        """Train until the end, or until ``should_stop``, which is asked after every step, or ``interrupted``, at once.
 
         Raises:
             ValueError: the session was prepared without a folder.
         """
         if not self.has_folder:
             raise ValueError("a session without a folder can only be forecast")
-        options = replace(self.options, should_stop=should_stop)
+        options = replace(self.options, should_stop=should_stop, interrupted=interrupted)
         return train(self.start.detector, self.data, self.validation, self.preset.train, options, on_progress)
+
+    def preview(self, path: Path) -> Preview:
+        """Draw the first training samples on a sheet, which is all that is written.
+
+        Raises:
+            DataError: a picture cannot be read, or the sheet not be written.
+        """
+        preview = make_preview(self.data, self.preset.detector, self.preset.train)
+        self.options.processes.from_first(lambda: save_sheet(preview.sheet, path))
+        return preview
 
     def forecast(self) -> Forecast:
         """Measure a few steps and say what the run would take; nothing is written, the start stays as it is."""
@@ -114,6 +140,11 @@ def prepare(
     cache: bool | None,
     resume: bool,
     overwrite: bool,
+    save_seconds: float = SAVE_EVERY_SECONDS,
+    command: Sequence[str] = (),
+    tensorboard: bool = False,
+    find_batch: bool = False,
+    processes: Processes = ALONE,
 ) -> TrainingSession:
     """Check everything that can be checked before the first step.
 
@@ -126,8 +157,12 @@ def prepare(
             nothing names the data.
         ConfigError, DataError, CheckpointError, DeviceError: as the parts raise them.
     """
+    if tensorboard:
+        require_tensorboard()
     if out is not None:
         _check_folder(out, resume=resume, overwrite=overwrite)
+    if find_batch and processes.count > 1:
+        raise UsageError("--batch auto tries out one process alone", "with torchrun, name the pictures of a step")
     run_file = read_run_file(config)
     wanted = _choose(run_file, data, val, images, root, weights, backbone_weights)
     training = join([open_dataset(s, split="train", images=wanted.images, root=wanted.root) for s in wanted.data])
@@ -135,7 +170,12 @@ def prepare(
         raise DataError(f"{training.name}: no picture has an object to learn", "check the annotations")
     resolved, backbone = _resolve(training, preset, wanted, run_file, settings)
     training, validation, validation_note = _part(training, wanted, resolved.train.seed)
-    where = select_device(device)
+    if resolved.train.patience and validation is None:
+        raise ConfigError(
+            "train.patience counts evaluations, and there is nothing to validate on",
+            "name validation data with --val, or set train.patience=0",
+        )
+    where = processes.device(select_device(device))
     precision = select_precision(resolved.train.precision, where)
     start = start_detector(resolved.detector, weights=wanted.weights, backbone=backbone, seed=resolved.train.seed)
     notes = [
@@ -144,26 +184,48 @@ def prepare(
         validation_note,
         *training.notes,
         *start.notes,
-        f"run: {_run_line(resolved, len(training.records))}, {describe_device(where)}, {precision}",
     ]
     folder = out or Path()
     options = RunOptions(
         out=folder,
         device=where,
         precision=precision,
-        workers=max(0, (os.cpu_count() or 1) - 1) if workers is None else workers,
-        cache=_fits_in_memory(training) if cache is None else cache,
+        workers=max(0, (os.cpu_count() or 1) // processes.on_machine - 1) if workers is None else workers,
+        cache=_fits_in_memory(training, processes.on_machine) if cache is None else cache,
         resume=resume,
         should_stop=never,
         provenance={"preset": resolved.detector.preset, "start": start.origin, "seed": resolved.train.seed},
         record=wanted.record(folder),
+        save_seconds=save_seconds,
+        command=tuple(command),
+        tensorboard=tensorboard,
+        processes=processes,
     )
+    if find_batch:
+        resolved, batch_notes = _with_found_batch(resolved, start, training, validation, options)
+        notes += batch_notes
+    notes.append(f"run: {_run_line(resolved, len(training.records))}, {describe_device(where)}, {precision}")
     return TrainingSession(resolved, start, training, validation, options, tuple(notes), out is not None)
 
 
-def never() -> bool:
-    """Let a run go to its end."""
-    return False
+def _with_found_batch(
+    resolved: Preset, start: Start, training: Dataset, validation: Dataset | None, options: RunOptions
+) -> tuple[Preset, list[str]]:
+    """Look for the batch, or, where a run is resumed, for the one that it had."""
+    config = resolved.train
+    if options.resume:
+        batch = load_state(options.out / STATE_FILE).settings["train"]["batch"]
+        return replace(resolved, train=replace(config, batch=batch)), [f"batch: {batch}, which the run began with"]
+    if options.processes.count > 1:
+        raise UsageError(
+            "--batch auto looks for the batch of one process, and here are several",
+            f"look without torchrun, then give --batch {options.processes.count} times what was found",
+        )
+    found = batch_size.find_batch(start.detector, training, validation, config, options)
+    notes = [found.note]
+    if found.batch != config.batch:
+        notes.append(f"batch: train.lr stays {config.lr:g}, which the recipe pairs with a batch of {config.batch}")
+    return replace(resolved, train=replace(config, batch=found.batch)), notes
 
 
 def _check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
@@ -238,9 +300,9 @@ def _run_line(resolved: Preset, pictures: int) -> str:
     )
 
 
-def _fits_in_memory(dataset: Dataset) -> bool:
-    """Tell whether the decoded pictures take at most a quarter of the memory that is free now."""
-    needed = sum(r.width * r.height * 3 for r in dataset.records)
+def _fits_in_memory(dataset: Dataset, times: int) -> bool:
+    """Tell whether the decoded pictures take, so many times, at most a quarter of the memory that is free now."""
+    needed = times * sum(r.width * r.height * 3 for r in dataset.records)
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

@@ -19,7 +19,6 @@ import numpy as np
 
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.structures import Detections
-from refinedet_cli.data.files import whole_file
 from refinedet_cli.engine.draw import draw_detections
 from refinedet_cli.engine.predict import AnyPredictor
 from refinedet_cli.engine.results import (
@@ -36,6 +35,7 @@ from refinedet_cli.engine.results import (
 )
 from refinedet_cli.engine.video_files import Frame, VideoReader, VideoWriter, decoder_name
 from refinedet_cli.errors import DataError, UsageError
+from refinedet_cli.files import whole_file
 
 FRAMES_NAME = "frames.jsonl"
 ANNOTATED_NAME = "annotated"

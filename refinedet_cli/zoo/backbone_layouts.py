@@ -95,6 +95,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 BACKBONE_LAYOUTS: dict[str, tuple[str, ...]] = {
     "vgg16": ("torchvision_vgg16", "timm_vgg16", "vgg16_reducedfc"),
+    "vgg16_ssd": ("torchvision_vgg16", "timm_vgg16", "vgg16_reducedfc"),
     "mobilenet_v2": ("torchvision_mobilenet_v2", "timm_mobilenet_v2"),
     "resnet18": ("resnet",),
     "resnet50": ("resnet",),

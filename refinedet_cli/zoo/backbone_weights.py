@@ -20,7 +20,8 @@ from refinedet_cli.errors import CheckpointError
 from refinedet_cli.zoo.backbone_layouts import LAYOUTS, TIMM, find_layout, rename
 from refinedet_cli.zoo.checkpoint import file_sha256
 from refinedet_cli.zoo.hub import HubFile, fetch, fetch_optional, parse_hub_name
-from refinedet_cli.zoo.warm_start import UnreadableFileError, read_tensors
+from refinedet_cli.zoo.torch_file import UnreadableFileError
+from refinedet_cli.zoo.warm_start import read_tensors
 
 IMAGENET = "imagenet"
 HUB_FILE = "model.safetensors"
@@ -28,6 +29,7 @@ HUB_FILE = "model.safetensors"
 # start from. Later recipes give better classifiers, which are not reliably better to start a detector from.
 PUBLISHED: dict[str, str] = {
     "vgg16": "timm/vgg16.tv_in1k",
+    "vgg16_ssd": "timm/vgg16.tv_in1k",
     "resnet18": "timm/resnet18.tv_in1k",
     "resnet50": "timm/resnet50.tv_in1k",
     "resnet101": "timm/resnet101.tv_in1k",
@@ -35,6 +37,7 @@ PUBLISHED: dict[str, str] = {
 }
 _EXPECTED: dict[str, str] = {
     "vgg16": "a VGG-16 of torchvision or timm, or vgg16_reducedfc",
+    "vgg16_ssd": "a VGG-16 of torchvision or timm, or vgg16_reducedfc",
     "resnet18": "a ResNet-18 of torchvision or timm",
     "resnet50": "a ResNet-50 of torchvision or timm",
     "resnet101": "a ResNet-101 of torchvision or timm",
@@ -204,7 +207,7 @@ def _names(path: Path) -> list[str]:
 
 def _layout(path: Path, names: list[str], backbone: str) -> str:
     layout = find_layout(set(names), backbone)
-    if backbone == "vgg16" and "features.1.running_mean" in names:
+    if backbone.startswith("vgg16") and "features.1.running_mean" in names:
         raise _misfit(path, names, backbone, "a VGG with batch normalisation, which this one does not have")
     if layout is None:
         raise _misfit(path, names, backbone, "its tensors have other names")

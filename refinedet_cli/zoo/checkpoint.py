@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +11,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from refinedet_cli.core.build import build
 from refinedet_cli.core.config import DetectorConfig, from_dict, to_dict
 from refinedet_cli.core.detector import Detector
 from refinedet_cli.errors import CheckpointError, ConfigError
+from refinedet_cli.files import sync_folder, whole_file
 
 FORMAT = "refinedet"
 FORMAT_VERSION = 1
@@ -59,10 +58,10 @@ def save_checkpoint(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write weights with everything needed to use them.
+    """Write weights with everything needed to use them; the same content gives the same bytes.
 
     Args:
-        path: where to; written whole, so that an interruption leaves the old file or the new one.
+        path: where to; written whole and safely on disk, so that any end leaves the old file or the new one.
         config: rebuilds the detector, its classes and preprocessing included.
         tensors: the network's state; floating-point tensors are stored as ``dtype``.
         provenance: plain data on how the weights were made.
@@ -70,7 +69,7 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: a weight is not finite, or does not fit the dtype; nothing is written.
-        OSError: the file system refused.
+        DataError: the file cannot be written; what was there before is untouched.
     """
     stored = {
         name: (t.detach().to(dtype) if t.is_floating_point() else t.detach()).cpu().contiguous()
@@ -85,19 +84,20 @@ def save_checkpoint(
         "config": json.dumps(to_dict(config)),
         "provenance": json.dumps(dict(provenance), allow_nan=False),
     }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(stored, temporary, metadata=header)
-        with Path(temporary).open("r+b") as written:
-            os.fsync(written.fileno())
-        # mkstemp gives the file to its owner alone; a checkpoint is as readable as any other output.
-        umask = os.umask(0o077)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    content = _in_order(save(stored, metadata=header))
+    with whole_file(path, size=len(content)) as file:
+        file.write(content)
+    sync_folder(path.resolve().parent)
+
+
+def _in_order(content: bytes) -> bytes:
+    """Sort the header's own entries, which the library orders anew in every process."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(content)[end:]])
 
 
 def read_header(path: Path) -> tuple[DetectorConfig, dict[str, Any]]:

@@ -23,6 +23,7 @@ _TITLES = {
     "AP": "AP, mean over IoU 0.50 to 0.95", "AP50": "AP at IoU 0.50", "AP75": "AP at IoU 0.75",
     "AP_small": "AP of small objects", "AP_medium": "AP of medium objects", "AP_large": "AP of large objects",
 }  # fmt: skip
+_FAMILIES = {"refinedet": ("RefineDet", "1711.06897"), "ssd": ("SSD", "1512.02325"), "yolo": ("YOLO", "1506.02640")}
 _CLASSES_NAMED = 12
 
 
@@ -102,8 +103,9 @@ def _summary(model: Model) -> str:
     more = f" and {len(names) - _CLASSES_NAMED} more" if len(names) > _CLASSES_NAMED else ""
     of = "1 class" if len(names) == 1 else f"{len(names)} classes"
     size = config.preprocess
+    family, paper = _FAMILIES[config.family]
     return (
-        f"An object detector of the RefineDet family ([paper](https://arxiv.org/abs/1711.06897)): backbone "
+        f"An object detector of the {family} family ([paper](https://arxiv.org/abs/{paper})): backbone "
         f"{config.network.backbone}, input {size.height} x {size.width} px, {count_parameters(model.path) / 1e6:.1f} M "
         f"parameters in {model.bytes / 1e6:.1f} MB, {of}: {listed}{more}."
     )
@@ -173,6 +175,9 @@ def training_facts(model: Model) -> Iterator[tuple[str, str]]:
     yield "preset", model.config.preset
     yield "seed", str(told.get("seed", ""))
     yield "trained with", f"refinedet {told['tool_version']}" if "tool_version" in told else ""
+    if isinstance(imported := told.get("imported"), Mapping):
+        yield "by", f"{imported.get('project')}, imported from {imported.get('file')}"
+        yield "imported file, SHA-256", str(imported.get("sha256") or "")
 
 
 def _pictures(count: Any) -> str:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,25 +20,16 @@ from refinedet_cli.engine.run_state import load_state
 from refinedet_cli.zoo.checkpoint import load_detector, save_checkpoint
 
 FAST = ("--set", "train.evaluate_every=0", "--precision", "fp32", "--workers", 0, "--batch", 4)
+COLOURS = {3: ("green", (30, 200, 30)), 4: ("red", (200, 30, 30))}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory, draw_squares):
     """Ten pictures with squares of two classes."""
     folder = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(1)
-    images, annotations = [], []
-    for i in range(10):
-        pixels = generator.integers(0, 60, (64, 64, 3), dtype=np.uint8)
-        left, top, side = (int(v) for v in generator.integers((0, 0, 14), (30, 30, 30)))
-        pixels[top : top + side, left : left + side] = (200, 30, 30) if i % 2 else (30, 200, 30)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        images.append({"id": i, "file_name": f"{i}.png", "width": 64, "height": 64})
-        box = {"bbox": [left, top, side, side], "area": side * side, "iscrowd": 0}
-        annotations.append({"id": i, "image_id": i, "category_id": 3 + i % 2, **box})
-    categories = [{"id": 3, "name": "green"}, {"id": 4, "name": "red"}]
+    document = draw_squares(folder, [[3 + i % 2] for i in range(10)], COLOURS, seed=1)
     path = folder / "squares.json"
-    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    path.write_text(json.dumps(document))
     return path
 
 
@@ -147,6 +137,49 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(run, data, weights,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_preview_is_drawn_and_nothing_trained(run, data, weights, tmp_path):
+    sheet = tmp_path / "sheets" / "first.png"
+    call = ("train", "--data", data, "--weights", weights, "--preview", sheet, *FAST)
+    shown = run(*call)
+    assert shown.code == 0, shown.stderr
+    assert shown.stdout == f"{sheet}: 16 samples\n"
+    with Image.open(sheet) as image:
+        assert image.format == "PNG"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.safetensors").touch()  # a run that is there already is in nobody's way
+    document = json.loads(run(*call, "--out", tmp_path / "run", "--json").stdout)
+    assert document["preview"]["file"] == str(sheet)
+    first = document["preview"]["samples"][0]
+    assert list(first) == ["file_names", "done", "epoch", "input_size", "objects", "smallest"]
+    assert document["config"]["train"]["batch"] == 4
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["last.safetensors"]
+
+
+def test_a_batch_may_be_looked_for(run, data, weights, tmp_path, monkeypatch):
+    from refinedet_cli.engine import batch_size
+
+    found = batch_size.FoundBatch(5, "10 is no faster", ())
+    monkeypatch.setattr(batch_size, "find_batch", lambda *args: found)
+    call = ("train", "--data", data, "--weights", weights, "--preview", tmp_path / "a.png", *FAST[:-2])
+    ended = run(*call, "--batch", "auto", "--json")
+    assert ended.code == 0, ended.stderr
+    assert json.loads(ended.stdout)["config"]["train"]["batch"] == 5
+    said = ended.stderr.splitlines()
+    assert said[0] == "--batch auto: trying out batches"
+    assert "batch: 5 found by trial; 10 is no faster" in said
+    assert "batch: train.lr stays 0.001, which the recipe pairs with a batch of 8" in said
+
+
+def test_a_run_that_ends_early_says_so(run, data, weights, tmp_path):
+    call = ("train", "--data", data, "--val", data, "--out", tmp_path / "run", "--weights", weights, "--batch", 10)
+    patience = ("--set", "train.patience=1", "--set", "train.evaluate_every=1", "--set", "train.lr=1e-9")
+    ended = run(*call, "--epochs", 9, *patience, "--workers", 0, "--precision", "fp32")
+    assert ended.code == 0, ended.stderr
+    assert "the run ends here, as train.patience asks: 1 evaluation without a better AP than 0." in ended.stderr
+    assert ended.stdout.startswith("Training, ended early: AP no longer rose")
+    assert {"best.safetensors", "last.safetensors"} <= {p.name for p in (tmp_path / "run").iterdir()}
+
+
 def test_what_is_missing_is_said(run, data, tmp_path):
     nothing = run("train", "--out", tmp_path / "run")
     assert (nothing.code, nothing.stderr.splitlines()[0]) == (
@@ -173,7 +206,7 @@ def test_two_kinds_of_weights_are_refused_before_any_is_looked_for(run, data, tm
 def test_it_starts_from_weights_and_says_which_classes_it_knows(run, data, weights, tmp_path):
     ended = run("train", "--data", data, "--out", tmp_path / "run", "--weights", weights, "--epochs", 1, *FAST)
     assert ended.code == 0, ended.stderr
-    assert "class outputs taken over by name: red; the rest are new" in ended.stderr
+    assert "class outputs taken over by name: red; new: green" in ended.stderr
     provenance = load_detector(tmp_path / "run" / "last.safetensors").provenance
     assert provenance["start"] == {"weights": "colours.safetensors", "classes_taken_over": ["red"]}
 
@@ -205,7 +238,15 @@ def test_a_folder_with_a_run_is_neither_overwritten_nor_resumed_unasked(run, dat
         pytest.param(("--weights", "nowhere.safetensors"), 5, "nowhere.safetensors", id="missing weights"),
         pytest.param(("--preset", "refinedet320_vgg16"), 5, "none of these weights fit", id="other architecture"),
         pytest.param(("--resume",), 5, "nothing to resume", id="nothing to resume"),
-        pytest.param(("--batch", 0), 2, "--batch", id="malformed option"),
+        pytest.param(("--batch", 0), 2, "--batch '0' is no number of pictures", id="no batch"),
+        pytest.param(("--batch", "many"), 2, "--batch 'many' is no number of pictures", id="malformed batch"),
+        pytest.param(("--preview", "sheet"), 2, "--preview sheet is no name of a picture", id="malformed option"),
+        pytest.param(
+            ("--val", "none", "--set", "train.patience=1", "--set", "train.evaluate_every=1"),
+            3,
+            "nothing to validate on",
+            id="patience without validation",
+        ),
         pytest.param(("--val", "nowhere.json"), 4, "nowhere.json", id="missing validation data"),
     ],
 )

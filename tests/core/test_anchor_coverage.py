@@ -182,5 +182,5 @@ def test_wrong_arrays_are_refused():
             coverage(good._replace(**change), SMALL, (64, 64))
     with pytest.raises(ValueError, match="positive_iou"):
         coverage(good, SMALL, (64, 64), positive_iou=0)
-    with pytest.raises(ValueError, match="multiple of 64"):
-        coverage(good, SMALL, (64, 80))
+    with pytest.raises(ValueError, match="positive on both sides"):
+        coverage(good, SMALL, (64, 0))

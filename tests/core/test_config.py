@@ -16,6 +16,7 @@ from refinedet_cli.core.config import (
     AugmentConfig,
     Classes,
     DetectorConfig,
+    GridConfig,
     LossConfig,
     NetworkConfig,
     PostprocessConfig,
@@ -32,7 +33,7 @@ DETECTOR = DetectorConfig(
     classes=Classes(names=("zebra", "émeu"), category_ids=(7, 3)),
     network=NetworkConfig(
         backbone="timm/regnety_002", tcb_channels=48, tcb_norm="group", arm=False, tcb=False, head_blocks=True,
-        stride_in="1x1", stem_pool="ceil",
+        stride_in="1x1", stem_pool="ceil", fc6_dilation=6, tcb_up="3x3", tcb_top="linear",
     ),
     anchors=AnchorConfig(
         shapes=(((1 / 3, 2.5),), ((4.0, 5.0), (6.0, 7.0)), ((8.0, 9.0),), ((1e-3, 1e3),)), variances=(0.3, 0.7)
@@ -40,20 +41,22 @@ DETECTOR = DetectorConfig(
     loss=LossConfig(
         arm_positive_iou=0.7, arm_negative_iou=0.3, odm_positive_iou=0.6, odm_negative_iou=0.4,
         neg_ratio=2.5, arm_filter=0.1, loc_weight=0.1, background_negatives=9,
+        odm_box="giou", odm_box_weight=2.0, quality=0.5, cascade_gradient=True,
     ),
     preprocess=PreprocessConfig(
         height=128, width=192, mean=(1.5, 2.5, 3.5), std=(0.1, 0.2, 0.3), channel_order="bgr"
     ),
     postprocess=PostprocessConfig(
         score_threshold=0.05, arm_filter=0.02, candidates=77, candidates_per="class", nms_iou=0.6, keep=33,
-        soft_nms_iou=0.3,
+        clip_first=True, soft_nms_iou=0.3,
     ),
 )  # fmt: skip
+GRID = GridConfig(stride=32, boxes=3, layers=2, channels=48, norm="group", coord_weight=2.5, no_object_weight=0.25)
 TRAIN = TrainConfig(
-    batch=3, epochs=4, steps=50, optimizer="adamw", lr=0.1, momentum=0.5, backbone_lr=0.25, bias_lr=3.0,
+    batch=3, accumulate=2, epochs=4, steps=50, optimizer="adamw", lr=0.1, momentum=0.5, backbone_lr=0.25, bias_lr=3.0,
     weight_decay=0.5, decay_norm=True, warmup_steps=6, schedule="multistep", final_lr=0.5, milestones=(0.1, 0.9),
     gamma=0.5, balance=0.25, ema_decay=0.0, clip_norm=1.0, precision="bf16", freeze_stages=2, freeze_norm=False,
-    small_input=((0.5, 0.6), (0.8, 0.9)), evaluate_every=0, seed=2**63 - 1,
+    unfreeze=((0.3, 1), (0.6, 0)), small_input=((0.5, 0.6), (0.8, 0.9)), evaluate_every=2, patience=3, seed=2**63 - 1,
     augment=AugmentConfig(
         brightness=1.0, contrast=0.1, saturation=0.2, hue=5.0, expand_probability=0.1, expand_max=2.0,
         crop_probability=0.2, crop_min_scale=0.4, mirror_probability=0.3,
@@ -71,7 +74,7 @@ def settings_of(config: Any, where: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("config", [DETECTOR, TRAIN], ids=["detector", "train"])
+@pytest.mark.parametrize("config", [DETECTOR, TRAIN, GRID], ids=["detector", "train", "grid"])
 def test_every_setting_goes_to_json_and_back(config):
     assert from_dict(type(config), json.loads(json.dumps(to_dict(config), allow_nan=False))) == config
 
@@ -83,9 +86,10 @@ def test_the_configs_above_leave_no_setting_at_its_default():
         preset="", classes=DETECTOR.classes, network=NetworkConfig(backbone="vgg16"), anchors=DETECTOR.anchors
     )
     same = {n for n, v in settings_of(DETECTOR) if v == dict(settings_of(defaults))[n]}
-    # One has no alternative yet; the others have no default.
+    # Two are of other families; the others have no default.
     given = {f"anchors.{n}" for n in ("strides", "shapes", "variances")} | {"classes.names", "classes.category_ids"}
-    assert same == {"family", *given}
+    assert same == {"family", "grid", *given}
+    assert [n for n, v in settings_of(GRID) if v == dict(settings_of(GridConfig()))[n]] == []
 
 
 def changed(config: Any, name: str, value: Any) -> dict[str, Any]:
@@ -114,11 +118,13 @@ WRONG: list[tuple[str, Any]] = [
     ("preprocess.mean", [math.nan, 0, 0]), ("preprocess.std", [math.inf, 1, 1]), ("loss.neg_ratio", 10**400),
     ("loss.neg_ratio", -(10**400)), ("anchors.variances", [math.nan, 0.2]),
     # Out of range.
+    ("network.fc6_dilation", 0), ("network.fc6_dilation", 33), ("network.tcb_up", "4x4"), ("network.tcb_top", "gelu"),
     ("network.tcb_channels", 0), ("network.tcb_channels", 40), ("preprocess.height", 0), ("preprocess.height", 300),
     ("preprocess.width", -64), ("preprocess.std", [1, 0, 1]), ("postprocess.keep", 0), ("postprocess.candidates", -1),
     ("postprocess.score_threshold", 1.1), ("postprocess.nms_iou", -0.1), ("postprocess.arm_filter", 2),
     ("loss.neg_ratio", -1), ("loss.loc_weight", -1), ("loss.arm_filter", 1), ("loss.arm_positive_iou", 1.5),
     ("loss.arm_negative_iou", 0), ("loss.odm_negative_iou", 0.9), ("loss.odm_positive_iou", 0.1),
+    ("loss.odm_box", "iou"), ("loss.odm_box_weight", -1), ("loss.quality", 1.5), ("loss.cascade_gradient", 1),
     ("anchors.variances", [0, 0.2]), ("anchors.strides", [8, 16, 32]), ("anchors.strides", [8, 16, 32, 128]),
     ("anchors.strides", [0, 16, 32, 64]), ("anchors.shapes", [[[1, 1]]] * 3), ("anchors.shapes", [[[0, 1]]] * 4),
 ]  # fmt: skip
@@ -134,6 +140,7 @@ def test_values_that_do_not_fit_name_their_setting(name, value):
 
 WRONG_TRAIN: list[tuple[str, Any]] = [
     ("batch", 0), ("epochs", 0), ("batch", 2.5), ("lr", 0), ("lr", math.nan), ("lr", "fast"), ("momentum", 1),
+    ("accumulate", 0),
     ("backbone_lr", -1), ("bias_lr", -1), ("weight_decay", -1), ("warmup_steps", -1), ("clip_norm", -1),
     ("freeze_stages", -1), ("evaluate_every", -1), ("ema_decay", 1), ("final_lr", 2), ("gamma", 0),
     ("milestones", [0, 0.5]), ("milestones", [1.5]), ("milestones", 0.5), ("small_input", [[0.5]]),
@@ -144,6 +151,9 @@ WRONG_TRAIN: list[tuple[str, Any]] = [
     ("augment.expand_max", 0.9), ("augment.crop_min_scale", 0), ("augment.crop_min_scale", 1.1),
     ("augment.hue", math.inf), ("augment", "off"), ("balance", 1.5),
     ("augment.mosaic_probability", 2), ("augment.mosaic_until", -1), ("augment.min_size", -1),
+    ("patience", -1), ("patience", 1.5), ("unfreeze", [[0.5]]), ("unfreeze", [[0, 1]]), ("unfreeze", [[1, 1]]),
+    ("unfreeze", [[0.5, 2]]), ("unfreeze", [[0.5, -1]]), ("unfreeze", [[0.5, 1], [0.5, 0]]),
+    ("unfreeze", [[0.5, 1], [0.6, 1]]), ("unfreeze", [[0.5, 0.5]]),
 ]  # fmt: skip
 
 
@@ -152,6 +162,13 @@ def test_recipe_values_that_do_not_fit_name_their_setting(name, value):
     with pytest.raises(ConfigError) as caught:
         from_dict(TrainConfig, changed(TRAIN, name, value), where="train")
     assert f"train.{name}" in caught.value.message
+
+
+def test_settings_that_need_another_say_which():
+    with pytest.raises(ConfigError, match=r"with train\.patience 3 train\.evaluate_every must be at least 1"):
+        TrainConfig(patience=3, evaluate_every=0)
+    with pytest.raises(ConfigError, match=r"the first below train\.freeze_stages \(0\)"):
+        TrainConfig(unfreeze=((0.5, 0),))
 
 
 def test_integers_stand_for_numbers_but_not_the_other_way_round():

@@ -82,6 +82,15 @@ def smooth_l1(value: float) -> float:
     return 0.5 * value * value if abs(value) < 1 else abs(value) - 0.5
 
 
+def giou(a: Box, b: Box) -> float:
+    # With the epsilon of the library's loss, which counts where boxes are small.
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    common = max(w, 0.0) * max(h, 0.0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common
+    hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    return common / (union + 1e-7) - (hull - union) / (hull + 1e-7)
+
+
 def matched(anchors: list[Box], boxes: list[Box], threshold: float) -> tuple[list[int], list[float]]:
     overlap = [[iou(corners(a), b) for b in boxes] for a in anchors]
     overlap = [[v if v >= 1e-6 else 0.0 for v in row] for row in overlap]
@@ -107,6 +116,8 @@ def module_reference(
     negative_iou: float,
     ratio: float,
     allowed: list[bool],
+    box: str = "smooth_l1",
+    quality: float = 0.0,
 ) -> Sums:
     rows, moves = logits.double().tolist(), offsets.double().tolist()
     boxes, labels = [tuple(b) for b in target.boxes.double().tolist()], target.labels.tolist()
@@ -115,8 +126,13 @@ def module_reference(
     for a, o in enumerate(owner):
         if o >= 0:
             sums.positives += 1
-            sums.conf += cross_entropy(rows[a], labels[o])
-            sums.loc += sum(smooth_l1(p - w) for p, w in zip(moves[a], wanted(boxes[o], anchors[a]), strict=True))
+            reached = corners(moved(anchors[a], moves[a]))
+            share = 1 - quality * (1 - iou(reached, boxes[o]))
+            sums.conf += share * cross_entropy(rows[a], labels[o]) + (1 - share) * cross_entropy(rows[a], 0)
+            if box == "giou":
+                sums.loc += 1 - giou(reached, boxes[o])
+            else:
+                sums.loc += sum(smooth_l1(p - w) for p, w in zip(moves[a], wanted(boxes[o], anchors[a]), strict=True))
         elif best[a] < negative_iou and allowed[a]:
             pool.append(cross_entropy(rows[a], 0))
     hardest = sorted(pool, reverse=True)[: int(ratio * sums.positives)]
@@ -150,10 +166,11 @@ def reference(raw: RawOutput, targets: list[Target], loss: LossConfig) -> dict[s
             odm,
             module_reference(
                 raw.odm_logits[i], raw.odm_offsets[i], anchors, target,
-                loss.odm_positive_iou, loss.odm_negative_iou, loss.neg_ratio, allowed,
+                loss.odm_positive_iou, loss.odm_negative_iou, loss.neg_ratio, allowed, loss.odm_box, loss.quality,
             ),
         )  # fmt: skip
     result = {"odm_conf": odm.conf / max(1, odm.positives), "odm_loc": odm.loc / max(1, odm.positives)}
+    result["odm_loc"] *= loss.odm_box_weight
     result["odm_positives"] = odm.positives
     result["total"] = result["odm_conf"] + loss.loc_weight * result["odm_loc"]
     if raw.arm_logits is not None:
@@ -202,6 +219,10 @@ LOSSES = {
     "stable": LossConfig(arm_positive_iou=0.7, arm_negative_iou=0.3, neg_ratio=2.5, loc_weight=2.0),
     "all negatives": LossConfig(neg_ratio=1000.0, arm_filter=0.2, odm_positive_iou=0.6, odm_negative_iou=0.4),
     "no filter, no negatives": LossConfig(neg_ratio=0.0, arm_filter=0.0),
+    "weighted boxes": LossConfig(odm_box_weight=0.25, loc_weight=3.0),
+    "giou": LossConfig(odm_box="giou", odm_box_weight=2.0),
+    "quality": LossConfig(quality=0.7, cascade_gradient=True),
+    "giou, quality": LossConfig(odm_box="giou", quality=1.0),
 }
 
 
@@ -294,6 +315,43 @@ def test_the_odm_does_not_pull_on_the_arm():
         assert_close(both.grad, only.grad, rtol=0, atol=0)
     for output in raw[2:4]:
         assert float(output.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("box", ["smooth_l1", "giou"])
+def test_the_cascade_lets_the_odms_boxes_pull_on_the_arms_and_nothing_else(box):
+    targets = Targets.pack([random_target(torch.Generator().manual_seed(6), 4, 3)])
+    gradients = {}
+    for cascade in (False, True):
+        raw = random_raw(6, 1, 3, grad=True)
+        Criterion(config_of(3, LossConfig(odm_box=box, cascade_gradient=cascade)))(raw, targets).total.backward()
+        gradients[cascade] = [output.grad for output in raw[:4]]
+    for place, (without, with_) in enumerate(zip(gradients[False], gradients[True], strict=True)):
+        assert torch.equal(without, with_) == (place != 1)
+    # What has changed are the offsets of anchors that an ODM box is responsible for.
+    moved_more = (gradients[True][1] != gradients[False][1]).any(dim=-1)
+    assert 0 < int(moved_more.sum()) <= int((gradients[True][3] != 0).any(dim=-1).sum())
+
+
+def test_quality_moves_weight_to_background_by_what_the_box_misses():
+    # One object, one positive: the anchor itself, whose box is shifted by a fifth of its width.
+    anchor = ANCHORS[len(ANCHORS) // 2]
+    box = anchor.clone()
+    box[0] += anchor[2] / 5
+    x, y, w, h = box.tolist()
+    target = Targets.pack([Target(torch.tensor([[x - w / 2, y - h / 2, x + w / 2, y + h / 2]]), torch.tensor([1]))])
+    logits, offsets = torch.tensor([[[0.0, 2.0]]]), torch.zeros(1, 1, 4)
+
+    def conf(quality: float) -> float:
+        loss = multibox_loss(
+            logits, offsets, anchor[None], target, positive_iou=0.5, negative_iou=0.5, neg_ratio=0.0,
+            variances=VARIANCES, quality=quality,
+        )  # fmt: skip
+        return float(loss.conf)
+
+    # The overlap is 0.8 / 1.2, so a third of the weight is missing; background costs 2 more than the class.
+    assert conf(0.0) == pytest.approx(math.log(1 + math.exp(-2.0)))
+    assert conf(1.0) - conf(0.0) == pytest.approx(2 / 3)
+    assert conf(0.5) - conf(0.0) == pytest.approx(1 / 3)
 
 
 def test_gradients_equal_finite_differences():

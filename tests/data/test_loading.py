@@ -162,6 +162,23 @@ def test_steps_take_the_place_of_epochs_and_may_end_within_one(steps):
         assert list(plan.batches(start)) == taken[start:]
 
 
+def test_weighted_pictures_come_by_their_share_and_each_time_as_another_turn():
+    weights = np.array([1.0, 1.0, 1.0, 3.0])
+    plan = Plan(4, 2, 30, 5, lambda done: SIZE, weights=weights)
+    came = np.zeros(4)
+    for epoch in range(30):
+        draws = [d for step in list(plan.batches(epoch * 2))[:2] for d in step]
+        assert len({(d.picture, d.turn) for d in draws}) == 4
+        for picture in range(4):
+            turns = sorted(d.turn for d in draws if d.picture == picture)
+            assert turns == list(range(len(turns)))
+            came[picture] += len(turns)
+        assert sum(d.picture == 3 for d in draws) == 2
+    # Two of three others in every epoch, each as often as the rest.
+    assert came[3] == 60
+    assert (abs(came[:3] - 20) < 8).all()
+
+
 # Samples.
 
 
@@ -228,6 +245,67 @@ def test_an_augmentation_of_one_size_is_that_of_another(dataset):
     samples = TrainingSet(dataset, AugmentConfig(), 1)
     for i in range(7):
         assert torch.equal(samples[Draw(i, 0, SIZE)][1].boxes, samples[Draw(i, 0, SMALL)][1].boxes)
+
+
+def test_a_mosaic_shows_each_object_where_its_pixels_are(tmp_path):
+    # Every picture is black but for one box in a colour of its class; nothing is cropped or recoloured.
+    colours = {1: (250, 0, 0), 2: (0, 250, 0), 3: (0, 0, 250), 4: (250, 250, 0)}
+    records = []
+    for label, colour in colours.items():
+        record = record_of(tmp_path, label, 80, 60, [(label, 16, 12, 64, 48, 0, 0)])
+        image = np.zeros((60, 80, 3), dtype=np.uint8)
+        image[12:48, 16:64] = colour
+        Image.fromarray(image).save(record.path)
+        records.append(record)
+    data = Dataset("x", Classes(names=("a", "b", "c", "d"), category_ids=(1, 2, 3, 4)), tuple(records))
+    samples = TrainingSet(data, replace(PLAIN, mosaic_probability=1.0), 0)
+    raw = replace(SIZE, mean=(0.0, 0.0, 0.0))
+    seen = set()
+    for epoch in range(6):
+        pixels, target, index = samples[Draw(2, epoch, raw)]
+        assert index == 2
+        assert target.labels[0] == 3  # the picture itself is in the first quarter
+        assert len(target.labels) == 4
+        for box, label in zip(target.boxes * 64, target.labels.tolist(), strict=True):
+            seen.add(label)
+            left, top, right, bottom = box.tolist()
+            inside = pixels[:, round(top) + 2 : round(bottom) - 2, round(left) + 2 : round(right) - 2]
+            assert_close(inside, torch.tensor(colours[label])[:, None, None].expand_as(inside).float(), rtol=0, atol=1)
+            edge = pixels[:, max(0, round(top) - 3), round(left)]
+            assert float(edge.max()) < 40
+    assert seen == {1, 2, 3, 4}
+
+
+def test_mosaics_end_where_the_run_says_and_come_as_often_as_asked(dataset):
+    plain = TrainingSet(dataset, replace(PLAIN, mosaic_until=0.6), 0)
+    samples = TrainingSet(dataset, replace(PLAIN, mosaic_probability=0.5, mosaic_until=0.6), 0)
+
+    def mosaics(done: float) -> int:
+        return sum(
+            not torch.equal(samples[Draw(5, epoch, SIZE, 0, done)][0], plain[Draw(5, epoch, SIZE, 0, done)][0])
+            for epoch in range(60)
+        )
+
+    assert 18 < mosaics(0.0) < 42
+    assert 18 < mosaics(0.59) < 42
+    assert mosaics(0.6) == 0
+
+
+def test_a_picture_that_comes_again_in_an_epoch_is_changed_anew(dataset):
+    samples = TrainingSet(dataset, AugmentConfig(), 1)
+    first, again = samples[Draw(5, 0, SIZE, 0)], samples[Draw(5, 0, SIZE, 1)]
+    assert not torch.equal(first[0], again[0])
+    assert torch.equal(again[0], samples[Draw(5, 0, SIZE, 1)][0])
+
+
+def test_objects_that_became_too_small_are_left_out(tmp_path):
+    rows = [(1, 0, 0, 10, 40, 0, 0), (2, 20, 20, 30, 30, 0, 0), (1, 5, 5, 9, 15, 0, 0)]
+    data = Dataset("x", Classes(names=("a", "b"), category_ids=(1, 2)), (record_of(tmp_path, 0, 40, 40, rows),))
+    # 40 px become 64: sides are 16 and 64, 16 and 16, 6.4 and 16.
+    for least, labels in ((0.0, [1, 2, 1]), (6.4, [1, 2, 1]), (6.5, [1, 2]), (16.5, [])):
+        _, target, _ = TrainingSet(data, replace(PLAIN, min_size=least), 0)[Draw(0, 0, SIZE)]
+        assert target.labels.tolist() == labels
+        assert target.boxes.shape == (len(labels), 4)
 
 
 # Batches.

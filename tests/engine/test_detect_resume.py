@@ -21,7 +21,7 @@ from refinedet_cli.core.structures import Detections
 from refinedet_cli.data.listing import find_images
 from refinedet_cli.engine import detect_reading, detect_shards, detect_store
 from refinedet_cli.engine.detect import DetectOptions, DetectResult, detect
-from refinedet_cli.engine.detect_shards import Shard
+from refinedet_cli.engine.distributed import Shard
 from refinedet_cli.errors import DataError, PartialError, UsageError
 
 CLASSES = Classes(names=("person", "cat"), category_ids=(1, 17))

@@ -316,7 +316,7 @@ def test_names_without_a_font_show_the_category_id(monkeypatch):
     try:
         classes = Classes(names=("plain", "日本語", "🐈"), category_ids=(5, 22, 33))
         assert undrawable_names(classes) == ("日本語", "🐈")
-        assert [draw._tag_name(classes, label) for label in (1, 2, 3)] == ["plain", "#22", "#33"]
+        assert [draw.tag_name(classes, label) for label in (1, 2, 3)] == ["plain", "#22", "#33"]
         rows = [((10, 30 + 50 * i, 100, 70 + 50 * i), 0.9, i + 1) for i in range(3)]
         assert (drawn(grey(200, 200), found(*rows), classes) != 128).any()
     finally:
@@ -325,7 +325,7 @@ def test_names_without_a_font_show_the_category_id(monkeypatch):
 
 def test_names_with_line_breaks_and_control_characters_become_one_line():
     classes = Classes(names=("traffic\n\tlight\x00", "\x07"), category_ids=(1, 2))
-    assert draw._tag_name(classes, 1) == "traffic light"
+    assert draw.tag_name(classes, 1) == "traffic light"
     assert drawn(grey(99, 99), found(((9, 40, 90, 90), 0.9, 2)), classes).shape == (99, 99, 3)
 
 

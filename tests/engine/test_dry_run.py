@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,51 +12,23 @@ from PIL import Image
 from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, TrainConfig
 from refinedet_cli.core.presets import tiny
-from refinedet_cli.data.dataset import Dataset, Record
+from refinedet_cli.data.dataset import Dataset
 from refinedet_cli.engine import dry_run
 from refinedet_cli.engine.dry_run import forecast
-from refinedet_cli.engine.train import Rehearsal, RunOptions
+from refinedet_cli.engine.train import Rehearsal
 
 CLASSES = Classes(names=("a", "b", "c"), category_ids=(1, 2, 3))
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def pictures(tmp_path_factory, make_record):
     folder = tmp_path_factory.mktemp("pictures")
     records = []
     for i in range(9):
         path = folder / f"{i}.png"
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (70, 64, 3), dtype=np.uint8)).save(path)
-        records.append(
-            Record(
-                image_id=i,
-                path=path,
-                width=64,
-                height=70,
-                boxes=np.array([[5.0, 5.0, 40.0, 50.0]] * 2),
-                labels=np.array([1, 2]),
-                areas=np.array([1575.0] * 2),
-                crowd=np.zeros(2, bool),
-                difficult=np.zeros(2, bool),
-                annotation_ids=np.arange(2) + 2 * i,
-                file_name=path.name,
-            )
-        )
+        records.append(make_record(path, [[5, 5, 40, 50]] * 2, [1, 2], image_id=i, height=70))
     return Dataset("pictures", CLASSES, tuple(records))
-
-
-def options(out: Path, **changes) -> RunOptions:
-    base = RunOptions(
-        out=out,
-        device=torch.device("cpu"),
-        precision="fp32",
-        workers=0,
-        cache=False,
-        resume=False,
-        should_stop=lambda: False,
-        provenance={},
-    )
-    return replace(base, **changes)
 
 
 def config(**changes) -> TrainConfig:
@@ -65,14 +36,14 @@ def config(**changes) -> TrainConfig:
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_a_forecast_counts_measures_and_leaves_no_trace(pictures, tmp_path, monkeypatch, cache):
+def test_a_forecast_counts_measures_and_leaves_no_trace(pictures, tmp_path, monkeypatch, cache, run_options):
     torch.manual_seed(0)
     detector = build(tiny(CLASSES).detector)
     before = {n: t.clone() for n, t in detector.network.state_dict().items()}
     recipe = config(steps=42, schedule="multistep", milestones=(0.5,), evaluate_every=3)
     validation = replace(pictures, records=pictures.records[:5])
     monkeypatch.chdir(tmp_path)
-    found = forecast(detector, pictures, validation, recipe, options(tmp_path / "run", cache=cache))
+    found = forecast(detector, pictures, validation, recipe, run_options(tmp_path / "run", cache=cache))
     assert (found.pictures, found.objects, found.classes, found.validation_pictures) == (9, 18, 3, 5)
     assert (found.batch, found.steps, found.epochs, found.milestones) == (2, 42, 10.5, (21,))
     assert found.input_size == (64, 64)
@@ -92,25 +63,36 @@ def test_a_forecast_counts_measures_and_leaves_no_trace(pictures, tmp_path, monk
     assert all(p.requires_grad for p in detector.network.parameters())
 
 
-def test_without_validation_there_is_nothing_to_evaluate(pictures, tmp_path):
-    found = forecast(build(tiny(CLASSES).detector), pictures, None, config(steps=1), options(tmp_path))
+def test_stages_that_are_freed_later_count_as_trained(pictures, tmp_path, run_options):
+    def trainable(**recipe) -> int:
+        found = forecast(
+            build(tiny(CLASSES).detector), pictures, None, config(steps=1, **recipe), run_options(tmp_path)
+        )
+        return found.trainable
+
+    freed = trainable(freeze_stages=2, unfreeze=((0.5, 0),))
+    assert freed == trainable(freeze_stages=0) > trainable(freeze_stages=2)
+
+
+def test_without_validation_there_is_nothing_to_evaluate(pictures, tmp_path, run_options):
+    found = forecast(build(tiny(CLASSES).detector), pictures, None, config(steps=1), run_options(tmp_path))
     assert (found.validation_pictures, found.evaluations, found.evaluation_hours) == (None, 0, None)
     assert found.measured_steps == 1  # the only one there is
 
 
-def test_impatience_shortens_the_measurement(pictures, tmp_path, monkeypatch):
+def test_impatience_shortens_the_measurement(pictures, tmp_path, monkeypatch, run_options):
     monkeypatch.setattr(dry_run, "PATIENCE_SECONDS", 0.0)
-    found = forecast(build(tiny(CLASSES).detector), pictures, None, config(steps=100), options(tmp_path))
+    found = forecast(build(tiny(CLASSES).detector), pictures, None, config(steps=100), run_options(tmp_path))
     assert (found.measured_steps, found.steps) == (1, 100)
 
 
-def test_only_the_first_pictures_are_read_into_memory(pictures, tmp_path, monkeypatch):
+def test_only_the_first_pictures_are_read_into_memory(pictures, tmp_path, monkeypatch, run_options):
     seen = []
     whole = dry_run._excerpt
     monkeypatch.setattr(dry_run, "WARM_UP", 1)
     monkeypatch.setattr(dry_run, "MEASURED", 1)
     monkeypatch.setattr(dry_run, "_excerpt", lambda *args: seen.append(whole(*args)) or seen[-1])
-    forecast(build(tiny(CLASSES).detector), pictures, None, config(steps=100), options(tmp_path, cache=True))
+    forecast(build(tiny(CLASSES).detector), pictures, None, config(steps=100), run_options(tmp_path, cache=True))
     assert len(seen[0].records) == 4
 
 
@@ -128,10 +110,10 @@ def test_what_a_step_takes(seconds, workers, expected):
     assert dry_run._step_seconds(Rehearsal(seconds, 0, 0), 6.0, workers) == expected
 
 
-def test_small_input_counts_by_its_area(pictures, tmp_path, monkeypatch):
+def test_small_input_counts_by_its_area(pictures, tmp_path, monkeypatch, run_options):
     monkeypatch.setattr(dry_run, "_step_seconds", lambda *args: (5, 36.0))
     detector = tiny(CLASSES).detector
     detector = replace(detector, preprocess=replace(detector.preprocess, height=128, width=128))
     recipe = config(steps=100, small_input=((0.4, 0.5),))
-    found = forecast(build(detector), pictures, None, recipe, options(tmp_path))
+    found = forecast(build(detector), pictures, None, recipe, run_options(tmp_path))
     assert found.training_hours == pytest.approx((40 / 4 + 60) * 36 / 3600)

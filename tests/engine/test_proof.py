@@ -262,6 +262,19 @@ def test_a_box_at_the_threshold_of_nms_is_a_tie_and_so_is_what_hangs_on_it():
     assert compare([("a", clear, other)], FP32, LIMITS).ties == 0
 
 
+def test_of_two_that_overlap_and_score_alike_either_may_stay():
+    near = (1, (0.0, 0.0, 10.0, 10.0)), (1, (1.0, 0.0, 11.0, 10.0))
+    one, other = (found((0.9, *box)) for box in near)
+    seen = compare([("a", one, other)], FP32, LIMITS)
+    assert (seen.unmatched, seen.ties) == (2, 2)
+    # Not if one is clearly better, if they would not suppress each other, or if they are of two classes.
+    better, apart, other_class = found((0.91, *near[1])), found((0.9, 1, square(8))), found((0.9, 2, near[1][1]))
+    for second in (better, apart, other_class):
+        assert compare([("a", one, second)], FP32, LIMITS).ties == 0
+    # Nor if the one that lacks it has no such rival.
+    assert compare([("a", one, found())], FP32, LIMITS).ties == 0
+
+
 def test_a_box_that_scores_like_the_last_of_a_full_list_is_a_tie():
     shared = [((10 * i, 0, 10 * i + 9, 9.0), 0.9 - i / 10) for i in range(2)]
     last, next_one, better = ((50, 0, 59, 9.0), 0.5), ((70, 0, 79, 9.0), 0.500001), ((90, 0, 99, 9.0), 0.51)

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from refinedet_cli.engine import report
 from refinedet_cli.engine.reasons import find_reasons
 from refinedet_cli.engine.report import Number, Page, SourcePicture, gallery, render, write_report
 from refinedet_cli.errors import DataError
@@ -117,31 +116,10 @@ def test_a_picture_that_is_gone_is_named(page):
         render(page)
 
 
-@pytest.fixture
-def browser(page, tmp_path) -> Iterator[object]:
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("chromium and chromedriver are not installed")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=1200,900",
-    ):  # fmt: skip
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+def test_the_page_works_in_a_browser(page, tmp_path, browser):
     write_report(tmp_path / "report.html", page)
-    driver.get((tmp_path / "report.html").as_uri())
-    yield driver
-    messages = driver.get_log("browser")
-    driver.quit()
-    assert messages == []
+    browser.get((tmp_path / "report.html").as_uri())
 
-
-def test_the_page_works_in_a_browser(browser):
     def texts(selector: str) -> list[str]:
         return browser.execute_script(
             "return Array.from(document.querySelectorAll(arguments[0])).filter(e => e.checkVisibility())"
@@ -194,3 +172,16 @@ def test_the_page_works_in_a_browser(browser):
         browser.set_window_size(width, 900)
         page = "document.documentElement"
         assert browser.execute_script(f"return {page}.scrollWidth - {page}.clientWidth") <= 0
+
+
+def test_of_very_many_classes_those_are_shown_that_are_mixed_up_most():
+    table = np.zeros((1001, 1001), dtype=np.int64)
+    table[range(1001), range(1001)] = 9  # found as what they are
+    table[900, 7] = 5
+    table[500, 0] = 2
+    table[0, 3] = 1
+    shown = report._most_confused(table)
+    assert len(shown) == report._CONFUSED + 1
+    assert {0, 3, 7, 500, 900} <= set(shown)
+    assert shown == sorted(shown)
+    assert report._most_confused(table[:4, :4]) == [0, 1, 2, 3]

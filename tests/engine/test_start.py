@@ -278,7 +278,10 @@ def test_class_outputs_are_taken_over_by_name(tmp_path):
         if not name.startswith("odm."):
             assert torch.equal(new[name], old.network.state_dict()[name]), name
     assert begun.origin == {"weights": "w.safetensors", "classes_taken_over": ["sofa"]}
-    assert any("taken over by name: sofa; the rest are new" in note for note in begun.notes)
+    assert begun.notes == (
+        "start: w.safetensors: backbone, ARM, TCB kept; ODM remapped",
+        "start: class outputs taken over by name: sofa (there couch); new: dog",
+    )
 
 
 def test_the_same_classes_are_taken_over_whole(tmp_path):
@@ -286,25 +289,87 @@ def test_the_same_classes_are_taken_over_whole(tmp_path):
     begun = begin(config_of(), weights=str(path), seed=5)
     saved = start.load_detector(path).detector.network.state_dict()
     assert all(torch.equal(t, saved[n]) for n, t in begun.detector.network.state_dict().items())
-    assert any("all class outputs" in note for note in begun.notes)
+    assert begun.notes == (
+        "start: w.safetensors: backbone, ARM, TCB, ODM kept",
+        "start: all class outputs taken over by name",
+    )
+
+
+def test_spellings_of_one_class_are_told(tmp_path):
+    names = Classes(names=("zebra", "couch", "tv", "dog"), category_ids=(1, 2, 3, 4))
+    path = a_checkpoint(tmp_path / "w.safetensors", names)
+    mine = Classes(names=("sofa", "TV monitor", "zebra"), category_ids=(1, 2, 3))
+    assert begin(config_of(mine), weights=str(path)).notes == (
+        "start: w.safetensors: backbone, ARM, TCB kept; ODM remapped",
+        "start: all class outputs taken over by name: sofa (there couch), TV monitor (there tv)",
+    )
+    # Two classes may begin as one.
+    both = Classes(names=("couch", "sofa"), category_ids=(1, 2))
+    begun = begin(config_of(both), weights=str(path))
+    bias = begun.detector.network.state_dict()["odm.levels.0.bias"].view(3, 7)
+    assert torch.equal(bias[:, 1], bias[:, 2])
+    assert begun.origin["classes_taken_over"] == ["couch", "sofa"]
+
+
+def test_a_thousand_classes_make_no_thousand_words(tmp_path):
+    path = a_checkpoint(tmp_path / "w.safetensors", TWO)
+    many = Classes(names=(*(f"kind {i}" for i in range(998)), "dog", "couch"), category_ids=tuple(range(1000)))
+    line = begin(config_of(many), weights=str(path)).notes[1]
+    assert line.startswith("start: class outputs taken over by name: dog, couch (there sofa); new: kind 0, kind 1, ")
+    assert line.endswith("kind 19 and 978 more")
 
 
 def test_no_shared_class_is_said(tmp_path):
     path = a_checkpoint(tmp_path / "w.safetensors", Classes(names=("moth",), category_ids=(1,)))
-    assert any("by name: none" in note for note in begin(config_of(), weights=str(path)).notes)
+    note = begin(config_of(), weights=str(path)).notes[1]
+    assert note == "start: no class output taken over; new: sofa, dog"
 
 
 def test_a_changed_network_starts_as_far_as_the_weights_fit(tmp_path):
     path = a_checkpoint(tmp_path / "w.safetensors", TWO)
     begun = begin(config_of(tcb_channels=64), weights=str(path))
-    assert any("have other shapes and start at random" in note for note in begun.notes)
+    assert begun.notes == (
+        "start: w.safetensors: backbone, ARM kept; TCB, ODM new",
+        "start: no class output taken over; new: sofa, dog",
+    )
+    assert begun.origin["classes_taken_over"] == []
+
+
+def test_a_part_that_fits_in_part_is_counted(tmp_path):
+    path = a_checkpoint(tmp_path / "w.safetensors", TWO, tcb_norm="none")
+    line = begin(config_of(), weights=str(path)).notes[0]
+    # Convolutions fit but for biases, and there are no norms to take.
+    assert line == "start: w.safetensors: backbone, ARM, ODM kept; TCB (15 of 45 tensors) kept in part"
+
+
+def test_other_anchors_are_told_and_keep_what_is_nearest(tmp_path):
+    path = a_checkpoint(tmp_path / "w.safetensors", TWO)
+    config = config_of()
+    shapes = ((*config.anchors.shapes[0], (10.0, 10.0)), *config.anchors.shapes[1:])
+    begun = begin(replace(config, anchors=replace(config.anchors, shapes=shapes)), weights=str(path))
+    assert begun.notes == (
+        "start: w.safetensors: backbone, TCB kept; ARM, ODM remapped",
+        "start: all class outputs taken over by name",
+        "start: anchors are not those of the weights: each begins with the outputs of the nearest shape of its level "
+        "(12 of 13 are the same; overlap 0.64 at least)",
+    )
+
+
+def test_another_family_takes_the_backbone_alone(tmp_path):
+    path = a_checkpoint(tmp_path / "w.safetensors", TWO)
+    begun = begin(replace(config_of(arm=False, tcb=False), family="ssd"), weights=str(path))
+    assert begun.notes == (
+        "start: w.safetensors: backbone kept; head new",
+        "start: no class output taken over; new: sofa, dog",
+    )
 
 
 def test_another_input_is_said(tmp_path):
     path = a_checkpoint(tmp_path / "w.safetensors", TWO)
     config = config_of()
     config = replace(config, preprocess=replace(config.preprocess, height=128))
-    assert any("input size or normalisation differs" in note for note in begin(config, weights=str(path)).notes)
+    note = begin(config, weights=str(path)).notes[-1]
+    assert note == "start: differs from the input of the weights: preprocess.height 128 (there 64)"
     assert not any("differs" in note for note in begin(config_of(), weights=str(path)).notes)
 
 
@@ -313,6 +378,12 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="none of these weights fit the preset 'refinedet320_vgg16'") as caught:
         begin(get_preset("refinedet320_vgg16", TWO).detector, weights=str(path))
     assert str(path) in caught.value.message
+
+
+def test_a_chance_likeness_of_backbones_is_no_start(tmp_path):
+    path = a_checkpoint(tmp_path / "w.safetensors", TWO, backbone="resnet18")
+    with pytest.raises(CheckpointError, match=r"only .* of the .* tensors of the backbone of these weights fit"):
+        begin(config_of(backbone="resnet50"), weights=str(path))
 
 
 def test_none_given_means_the_bundled_weights(tmp_path, monkeypatch):

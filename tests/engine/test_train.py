@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, TrainConfig
 from refinedet_cli.core.layers import L2Norm
 from refinedet_cli.core.presets import Preset, refinedet320_vgg16, tiny
-from refinedet_cli.data.dataset import Dataset, Record
+from refinedet_cli.data.dataset import Dataset
+from refinedet_cli.data.source import open_dataset
 from refinedet_cli.engine import train as training
 from refinedet_cli.engine.recipe import input_sizes, learning_rate, make_optimizer, milestone_steps
 from refinedet_cli.engine.run_log import StepReport
@@ -27,62 +27,20 @@ from refinedet_cli.engine.train import EvaluationReport, Report, RunOptions, Tra
 from refinedet_cli.errors import CheckpointError, ConfigError, GateError
 from refinedet_cli.zoo.checkpoint import load_detector
 
+MakeOptions = Callable[..., RunOptions]
 ONE_CLASS = Classes(names=("square",), category_ids=(7,))
 
 
 @pytest.fixture(scope="module")
-def squares(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+def squares(bright_squares: Callable[..., Path]) -> Dataset:
     """Twelve pictures of bright squares on dark noise; one shows nothing, one holds a crowd box."""
-    folder = tmp_path_factory.mktemp("squares")
-    generator = np.random.default_rng(0)
-    records = []
-    for i in range(12):
-        pixels = generator.integers(0, 60, (80, 96, 3), dtype=np.uint8)
-        boxes = []
-        for _ in range(0 if i == 3 else 1 + i % 3):
-            left, top, side = (int(v) for v in generator.integers((0, 0, 12), (60, 44, 36)))
-            pixels[top : top + side, left : left + side] = (220, 200, 40)
-            boxes.append((left, top, left + side, top + side))
-        path = folder / f"{i}.png"
-        Image.fromarray(pixels).save(path)
-        array = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-        count = len(array)
-        records.append(
-            Record(
-                image_id=i,
-                path=path,
-                width=96,
-                height=80,
-                boxes=array,
-                labels=np.ones(count, np.int64),
-                areas=np.prod(array[:, 2:] - array[:, :2], axis=1),
-                crowd=np.arange(count) == (0 if i == 5 else -1),
-                difficult=np.zeros(count, bool),
-                annotation_ids=np.arange(count) + 100 * i,
-                file_name=path.name,
-            )
-        )
-    return Dataset("squares", ONE_CLASS, tuple(records))
+    return open_dataset(str(bright_squares(12, crowds=[5])), split="train")
 
 
 def preset(**changes: object) -> Preset:
     base = tiny(ONE_CLASS)
     settings: dict[str, object] = {"batch": 4, "epochs": 3, "warmup_steps": 2, "precision": "fp32", **changes}
     return replace(base, train=replace(base.train, **settings))  # type: ignore[arg-type]
-
-
-def options(out: Path, **changes: object) -> RunOptions:
-    base = RunOptions(
-        out=out,
-        device=torch.device("cpu"),
-        precision="fp32",
-        workers=0,
-        cache=False,
-        resume=False,
-        should_stop=lambda: False,
-        provenance={"preset": "tiny"},
-    )
-    return replace(base, **changes)  # type: ignore[arg-type]
 
 
 def run(
@@ -103,12 +61,11 @@ class _Killed(Exception):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_run_resumed_mid_epoch_equals_one_that_never_stopped(
-    squares: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+    squares: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, run_options: MakeOptions
 ) -> None:
     recipe = preset(optimizer=optimizer)
-    run(squares, recipe, options(tmp_path / "whole"))
+    run(squares, recipe, run_options(tmp_path / "whole"))
     # Saved after every step, then killed in the middle of the second epoch; steps after the last save are lost.
-    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", -1.0)
     real, calls = training._Run._train_step, 0
 
     def dies(self: training._Run, batch: training.Batch) -> None:
@@ -120,33 +77,35 @@ def test_a_run_resumed_mid_epoch_equals_one_that_never_stopped(
 
     monkeypatch.setattr(training._Run, "_train_step", dies)
     with pytest.raises(_Killed):
-        run(squares, recipe, options(tmp_path / "cut"))
+        run(squares, recipe, run_options(tmp_path / "cut", save_seconds=0.0))
     assert load_state(tmp_path / "cut" / "state.pt").step == 4
-    run(squares, recipe, options(tmp_path / "cut", resume=True))
+    run(squares, recipe, run_options(tmp_path / "cut", resume=True))
     whole, cut = (load_state(tmp_path / name / "state.pt") for name in ("whole", "cut"))
     assert whole.step == cut.step == 9
     for part in ("network", "ema", "optimizer"):
         torch.testing.assert_close(getattr(cut, part), getattr(whole, part), rtol=0, atol=0)
 
 
-def test_resume_refuses_another_recipe_other_data_and_an_empty_folder(squares: Dataset, tmp_path: Path) -> None:
+def test_resume_refuses_another_recipe_other_data_and_an_empty_folder(
+    squares: Dataset, tmp_path: Path, run_options: MakeOptions
+) -> None:
     recipe = preset(epochs=1)
-    run(squares, recipe, options(tmp_path))
-    again = options(tmp_path, resume=True)
+    run(squares, recipe, run_options(tmp_path))
+    again = run_options(tmp_path, resume=True)
     with pytest.raises(ConfigError, match=r"train\.lr was 0.001 and is 0.002"):
         run(squares, preset(epochs=1, lr=0.002), again)
     with pytest.raises(ConfigError, match="other training data"):
         run(replace(squares, records=squares.records[:11]), recipe, again)
     with pytest.raises(CheckpointError, match="nothing to resume"):
-        run(squares, recipe, options(tmp_path / "new", resume=True))
+        run(squares, recipe, run_options(tmp_path / "new", resume=True))
 
 
-def test_the_folder_holds_weights_logs_and_config(squares: Dataset, tmp_path: Path) -> None:
+def test_the_folder_holds_weights_logs_and_config(squares: Dataset, tmp_path: Path, run_options: MakeOptions) -> None:
     reports: list[Report] = []
     result = run(
         squares,
         preset(epochs=2, evaluate_every=1),
-        options(tmp_path, cache=True),
+        run_options(tmp_path, cache=True, provenance={"preset": "tiny"}),
         validation=squares,
         on_progress=reports.append,
     )
@@ -173,36 +132,38 @@ def test_the_folder_holds_weights_logs_and_config(squares: Dataset, tmp_path: Pa
         assert int(list(csv.DictReader(file))[-1]["step"]) == 6
 
 
-def test_stopping_early_leaves_a_run_that_can_go_on(squares: Dataset, tmp_path: Path) -> None:
-    result = run(squares, preset(), options(tmp_path, should_stop=lambda: True))
+def test_stopping_early_leaves_a_run_that_can_go_on(squares: Dataset, tmp_path: Path, run_options: MakeOptions) -> None:
+    result = run(squares, preset(), run_options(tmp_path, should_stop=lambda: True))
     assert not result.finished
     assert result.steps == 1
-    rest = run(squares, preset(), options(tmp_path, resume=True))
+    rest = run(squares, preset(), run_options(tmp_path, resume=True))
     assert rest.finished
     assert rest.steps == 9
     assert rest.pictures == 32
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(squares: Dataset, tmp_path: Path) -> None:
-    run(squares, preset(epochs=1), options(tmp_path))
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
+    squares: Dataset, tmp_path: Path, run_options: MakeOptions
+) -> None:
+    run(squares, preset(epochs=1), run_options(tmp_path, should_stop=lambda: True))
+    state = load_state(tmp_path / "state.pt")
+    next(t for t in state.network.values() if t.is_floating_point())[0] = torch.nan
+    save_state(tmp_path / "state.pt", state)
     before = (tmp_path / "state.pt").read_bytes()
-    recipe = preset(epochs=1)
-    torch.manual_seed(0)
-    detector = build(recipe.detector)
-    with torch.no_grad():
-        next(detector.network.parameters())[0] = torch.nan
-    with pytest.raises(GateError, match="not finite at step 1"):
-        train(detector, squares, None, recipe.train, options(tmp_path), lambda report: None)
+    with pytest.raises(GateError, match="not finite at step 2"):
+        run(squares, preset(epochs=1), run_options(tmp_path, resume=True))
     assert (tmp_path / "state.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("batch", [1, 8])
-def test_no_step_is_ever_non_finite(squares: Dataset, tmp_path: Path, precision: str, batch: int) -> None:
+def test_no_step_is_ever_non_finite(
+    squares: Dataset, tmp_path: Path, precision: str, batch: int, run_options: MakeOptions
+) -> None:
     """A short form of `benchmarks/stability.py`."""
     recipe = preset(batch=batch, epochs=2 if batch == 1 else 10, lr=4e-3, warmup_steps=500, freeze_norm=False)
     reports: list[Report] = []
-    run(squares, recipe, options(tmp_path, precision=precision), on_progress=reports.append)
+    run(squares, recipe, run_options(tmp_path, precision=precision), on_progress=reports.append)
     last = reports[-1]
     assert isinstance(last, StepReport)
     assert np.isfinite([last.total, last.gradient_norm, *last.parts.values()]).all()
@@ -210,11 +171,11 @@ def test_no_step_is_ever_non_finite(squares: Dataset, tmp_path: Path, precision:
     assert all(bool(t.isfinite().all()) for t in state.network.values() if t.is_floating_point())
 
 
-def test_training_learns(squares: Dataset, tmp_path: Path) -> None:
+def test_training_learns(squares: Dataset, tmp_path: Path, run_options: MakeOptions) -> None:
     recipe = preset(batch=6, epochs=120, optimizer="adamw", lr=2e-3, freeze_norm=False, evaluate_every=0)
     plain = replace(recipe.train.augment, expand_probability=0.0, crop_probability=0.0, hue=0.0)
     recipe = replace(recipe, train=replace(recipe.train, augment=plain, ema_decay=0.98))
-    result = run(squares, recipe, options(tmp_path, cache=True), validation=squares)
+    result = run(squares, recipe, run_options(tmp_path, cache=True), validation=squares)
     assert result.result is not None
     assert (result.result.AP50 or 0.0) > 0.5
 
@@ -260,10 +221,12 @@ def test_a_milestone_between_two_steps_waits_for_the_next() -> None:
     assert milestone_steps(TrainConfig(schedule="cosine"), 100) == ()
 
 
-def test_a_run_of_so_many_steps_ends_within_an_epoch_and_resumes(squares: Dataset, tmp_path: Path) -> None:
+def test_a_run_of_so_many_steps_ends_within_an_epoch_and_resumes(
+    squares: Dataset, tmp_path: Path, run_options: MakeOptions
+) -> None:
     recipe = preset(steps=5, evaluate_every=1, epochs=100)
     reports: list[Report] = []
-    whole = run(squares, recipe, options(tmp_path / "whole"), validation=squares, on_progress=reports.append)
+    whole = run(squares, recipe, run_options(tmp_path / "whole"), validation=squares, on_progress=reports.append)
     assert (whole.steps, whole.pictures) == (5, 20)
     assert [r.step for r in reports if isinstance(r, EvaluationReport)] == [3, 5]
     last = [r for r in reports if isinstance(r, StepReport)][-1]
@@ -275,45 +238,53 @@ def test_a_run_of_so_many_steps_ends_within_an_epoch_and_resumes(squares: Datase
         taken += 1
         return taken == 4
 
-    assert not run(squares, recipe, options(tmp_path / "cut", should_stop=after_four)).finished
-    run(squares, recipe, options(tmp_path / "cut", resume=True))
+    assert not run(squares, recipe, run_options(tmp_path / "cut", should_stop=after_four)).finished
+    run(squares, recipe, run_options(tmp_path / "cut", resume=True))
     one, two = (load_state(tmp_path / name / "state.pt") for name in ("whole", "cut"))
     assert one.step == two.step == 5
     torch.testing.assert_close(two.network, one.network, rtol=0, atol=0)
 
 
-def test_a_run_from_before_a_setting_existed_resumes(squares: Dataset, tmp_path: Path) -> None:
-    run(squares, preset(epochs=1), options(tmp_path, should_stop=lambda: True))
+def test_a_run_from_before_a_setting_existed_resumes(
+    squares: Dataset, tmp_path: Path, run_options: MakeOptions
+) -> None:
+    run(squares, preset(epochs=1), run_options(tmp_path, should_stop=lambda: True))
     state = load_state(tmp_path / "state.pt")
     del state.settings["train"]["steps"]
     del state.settings["detector"]["loss"]["background_negatives"]
     save_state(tmp_path / "state.pt", state)
-    assert run(squares, preset(epochs=1), options(tmp_path, resume=True)).finished
+    assert run(squares, preset(epochs=1), run_options(tmp_path, resume=True)).finished
     save_state(tmp_path / "state.pt", state)
     with pytest.raises(ConfigError, match=r"train\.steps was 0 and is 9"):
-        run(squares, preset(epochs=1, steps=9), options(tmp_path, resume=True))
+        run(squares, preset(epochs=1, steps=9), run_options(tmp_path, resume=True))
 
 
-def test_config_json_holds_what_the_caller_wants_recorded(squares: Dataset, tmp_path: Path) -> None:
-    run(squares, preset(steps=1), options(tmp_path, record={"data": {"train": ["squares"]}}))
+def test_config_json_holds_what_the_caller_wants_recorded(
+    squares: Dataset, tmp_path: Path, run_options: MakeOptions
+) -> None:
+    run(squares, preset(steps=1), run_options(tmp_path, record={"data": {"train": ["squares"]}}))
     written = json.loads((tmp_path / "config.json").read_text())
     assert list(written) == ["detector", "train", "data"]
     assert written["data"] == {"train": ["squares"]}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_rehearsal_takes_real_steps_and_writes_nothing(squares: Dataset, tmp_path: Path, optimizer: str) -> None:
+def test_a_rehearsal_takes_real_steps_and_writes_nothing(
+    squares: Dataset, tmp_path: Path, optimizer: str, run_options: MakeOptions
+) -> None:
     recipe = preset(optimizer=optimizer, lr=10.0, warmup_steps=0)
     torch.manual_seed(0)
     detector = build(recipe.detector)
     before = {n: t.clone() for n, t in detector.network.state_dict().items()}
-    rehearsal = rehearse(detector, squares, recipe.train, options(tmp_path / "run"), lambda seconds: len(seconds) == 4)
+    rehearsal = rehearse(
+        detector, squares, recipe.train, run_options(tmp_path / "run"), lambda seconds: len(seconds) == 4
+    )
     assert len(rehearsal.seconds) == 4
     assert not (tmp_path / "run").exists()
     after = detector.network.state_dict()
     assert any(not torch.equal(before[n], after[n]) for n in before)
     # What it foretells is what a run leaves, but for names and headers.
-    run(squares, preset(optimizer=optimizer), options(tmp_path / "run"))
+    run(squares, preset(optimizer=optimizer), run_options(tmp_path / "run"))
     for name, foretold in (("last.safetensors", rehearsal.weights_bytes), ("state.pt", rehearsal.state_bytes)):
         assert 0 <= (tmp_path / "run" / name).stat().st_size - foretold < 600_000
 

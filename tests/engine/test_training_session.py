@@ -16,6 +16,7 @@ from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, to_dict
 from refinedet_cli.core.presets import tiny
 from refinedet_cli.engine import training_session
+from refinedet_cli.engine.batch_size import FoundBatch
 from refinedet_cli.engine.training_session import TrainingSession
 from refinedet_cli.errors import ConfigError, UsageError
 from refinedet_cli.zoo.checkpoint import save_checkpoint
@@ -136,6 +137,56 @@ def test_weights_of_the_options_replace_the_whole_start_of_the_file(project):
     session = prepare(config=Path("imagenet.toml"), data=["sets/one/train.json"], weights="none")
     assert session.settings["start"] == {"weights": "none", "backbone_weights": None}
     assert "start: random weights" in session.notes
+
+
+def test_patience_needs_something_to_validate_on(project):
+    with pytest.raises(ConfigError, match=r"train\.patience counts evaluations, and there is nothing to validate on"):
+        prepare(val="none", settings=["train.patience=2", "train.evaluate_every=1"])
+    assert prepare(settings=["train.patience=2", "train.evaluate_every=1"]).preset.train.patience == 2
+
+
+def found_batch(monkeypatch: pytest.MonkeyPatch, batch: int) -> list[int]:
+    """Have a look for the batch end with this one; gives the recipes' batches of the looks."""
+    looks: list[int] = []
+
+    def find(detector, data, validation, config, options):
+        looks.append(config.batch)
+        return FoundBatch(batch, "why", ())
+
+    monkeypatch.setattr(training_session.batch_size, "find_batch", find)
+    return looks
+
+
+def test_a_batch_that_was_looked_for_is_recorded_as_its_number(project, monkeypatch):
+    looks = found_batch(monkeypatch, 3)
+    session = prepare(find_batch=True)
+    assert looks == [2]
+    assert session.settings["train"]["batch"] == 3
+    assert session.preset.train.lr == tiny(session.data.classes).train.lr  # the user's, whatever the batch
+    assert session.notes[-3:-1] == (
+        "batch: 3 found by trial; why",
+        "batch: train.lr stays 0.001, which the recipe pairs with a batch of 2",
+    )
+    assert "of batch 3" in session.notes[-1]
+    session.run(lambda report: None, training_session.never)
+    assert json.loads(Path("runs/a/config.json").read_text())["train"]["batch"] == 3
+    # Resumed, it is not looked for again: another answer would be another run.
+    found_batch(monkeypatch, 5)
+    again = prepare(find_batch=True, resume=True)
+    assert again.preset.train.batch == 3
+    assert "batch: 3, which the run began with" in again.notes
+
+
+def test_the_batch_of_the_recipe_may_be_found(project, monkeypatch):
+    found_batch(monkeypatch, 2)
+    assert not any("train.lr" in note for note in prepare(find_batch=True).notes)
+
+
+def test_a_preview_is_no_run(project):
+    shown = prepare(out=None).preview(Path("sheets/a.png"))
+    assert len(shown.samples) == 2  # one step of two
+    assert Path("sheets/a.png").is_file()
+    assert not Path("runs").exists()
 
 
 def test_two_kinds_of_weights_in_a_file_are_refused_at_once(project):

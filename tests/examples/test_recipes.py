@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from refinedet_cli.core.build import build
-from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import VOC_CLASSES, caffe_postprocess, get_preset
 from refinedet_cli.data.dataset import match_classes
 from refinedet_cli.engine.recipe import milestone_steps
@@ -58,7 +57,7 @@ def datasets(script, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def coco_classes(script):
-    return Classes(names=script.COCO_NAMES, category_ids=script.COCO_IDS)
+    return script.COCO_CLASSES
 
 
 @pytest.fixture(scope="module")

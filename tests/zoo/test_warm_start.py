@@ -5,17 +5,19 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, DetectorConfig
-from refinedet_cli.core.presets import tiny
-from refinedet_cli.core.refinedet import RefineDet
+from refinedet_cli.core.detector import Detector
+from refinedet_cli.core.presets import tiny, yolo320_mobilenetv2
 from refinedet_cli.errors import CheckpointError
-from refinedet_cli.zoo.warm_start import copy_detector, read_tensors
+from refinedet_cli.zoo.warm_start import copy_detector, nearest_shapes, read_tensors
 
 ANCHORS, LEVELS = 3, 4
 
@@ -24,21 +26,28 @@ def config_of(classes: int) -> DetectorConfig:
     return tiny(Classes(names=tuple(f"c{i}" for i in range(classes)), category_ids=tuple(range(classes)))).detector
 
 
-def network_of(config: DetectorConfig, seed: int) -> RefineDet:
+def detector_of(config: DetectorConfig, seed: int) -> Detector:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = RefineDet(config)
-        for parameter in network.parameters():
+        detector = build(config)
+        for parameter in detector.network.parameters():
             if parameter.ndim == 1:  # biases and norms, which all networks start with alike
                 nn.init.normal_(parameter)
-    return network
+    return detector
 
 
-def clone(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+def clone(detector: Detector) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in detector.network.state_dict().items()}
 
 
-TWENTY = network_of(config_of(20), seed=1)
+def with_shapes(config: DetectorConfig, *levels: tuple[tuple[float, float], ...]) -> DetectorConfig:
+    """The config with other anchors, of the first levels or of all."""
+    shapes = (*levels, *config.require_anchors().shapes[len(levels) :])
+    return replace(config, anchors=replace(config.require_anchors(), shapes=shapes))
+
+
+TWENTY = detector_of(config_of(20), seed=1)
+HEADS = {f"odm.levels.{level}.{kind}" for level in range(LEVELS) for kind in ("weight", "bias")}
 
 
 @pytest.mark.parametrize(
@@ -49,22 +58,21 @@ TWENTY = network_of(config_of(20), seed=1)
         (1, {}),
         (25, {**{i: 21 - i for i in range(1, 21)}, 25: 4}),
         (20, {1: 20, 20: 1}),
-        (20, {i: i for i in range(1, 21)}),
+        (20, {1: 1, 2: 2}),
     ],
-    ids=["one shared", "to one", "none shared", "to more", "reordered", "same"],
+    ids=["one shared", "to one", "none shared", "to more", "reordered", "some of as many"],
 )
 def test_class_rows_follow_their_names(classes, label_map):
-    network = network_of(config_of(classes), seed=2)
-    fresh, old = clone(network), clone(TWENTY)
-    taken = copy_detector(network, TWENTY.state_dict(), label_map, classes + 1, 21)
-    new = network.state_dict()
-    heads = {f"odm.levels.{level}.{kind}" for level in range(LEVELS) for kind in ("weight", "bias")}
-    assert set(taken.remapped) == heads
-    assert set(taken.copied) == new.keys() - heads
-    assert taken.fresh == ()
+    detector = detector_of(config_of(classes), seed=2)
+    fresh, old = clone(detector), clone(TWENTY)
+    taken = copy_detector(detector, TWENTY, label_map)
+    new = detector.network.state_dict()
+    assert set(taken.remapped) == HEADS
+    assert set(taken.copied) == new.keys() - HEADS
+    assert (taken.fresh, taken.class_outputs, taken.anchors) == ((), True, ())
     for name in taken.copied:
         assert torch.equal(new[name], old[name]), name
-    for name in heads:
+    for name in HEADS:
         for anchor in range(ANCHORS):
             to, of = anchor * (classes + 5), anchor * 25
             for label in range(classes + 1):
@@ -76,46 +84,148 @@ def test_class_rows_follow_their_names(classes, label_map):
                 assert torch.equal(new[name][to + classes + 1 + coordinate], expected), (name, anchor, coordinate)
 
 
+def test_the_same_detector_is_copied_whole():
+    detector = detector_of(config_of(20), seed=2)
+    taken = copy_detector(detector, TWENTY, {i: i for i in range(1, 21)})
+    assert set(taken.copied) == detector.network.state_dict().keys()
+    torch.testing.assert_close(clone(detector), clone(TWENTY), rtol=0, atol=0)
+
+
 def test_the_source_is_left_as_it_was_and_shares_no_memory():
     before = clone(TWENTY)
-    network = network_of(config_of(20), seed=2)
-    copy_detector(network, TWENTY.state_dict(), {1: 2}, 21, 21)
+    detector = detector_of(config_of(20), seed=2)
+    copy_detector(detector, TWENTY, {1: 2})
     with torch.no_grad():
-        for parameter in network.parameters():
+        for parameter in detector.network.parameters():
             parameter.zero_()
-    for name, tensor in TWENTY.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+    torch.testing.assert_close(clone(TWENTY), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("change", [{"tcb_channels": 64}, {"tcb": False}])
 def test_parts_of_other_shapes_stay_fresh(change):
     config = config_of(2)
-    network = network_of(replace(config, network=replace(config.network, **change)), seed=2)
-    before = clone(network)
-    taken = copy_detector(network, TWENTY.state_dict(), {1: 1}, 3, 21)
-    new = network.state_dict()
-    assert {f"odm.levels.{i}.weight" for i in range(LEVELS)} <= set(taken.fresh)
+    detector = detector_of(replace(config, network=replace(config.network, **change)), seed=2)
+    before = clone(detector)
+    taken = copy_detector(detector, TWENTY, {1: 1})
+    new = detector.network.state_dict()
+    assert set(taken.fresh) >= HEADS
     for name in taken.fresh:
         assert torch.equal(new[name], before[name]), name
     assert {n for n in new if n.startswith(("backbone.", "arm."))} <= set(taken.copied)
     assert sorted((*taken.copied, *taken.remapped, *taken.fresh)) == sorted(new)
+    assert not taken.class_outputs
 
 
 def test_what_the_source_lacks_stays_fresh():
     config = config_of(20)
-    source = network_of(replace(config, network=replace(config.network, arm=False)), seed=3)
-    network = network_of(config, seed=2)
-    taken = copy_detector(network, source.state_dict(), {i: i for i in range(1, 21)}, 21, 21)
-    assert set(taken.fresh) == {n for n in network.state_dict() if n.startswith("arm.")}
+    source = detector_of(replace(config, network=replace(config.network, arm=False)), seed=3)
+    detector = detector_of(config, seed=2)
+    taken = copy_detector(detector, source, {i: i for i in range(1, 21)})
+    assert set(taken.fresh) == {n for n in detector.network.state_dict() if n.startswith("arm.")}
 
 
-def test_a_source_with_other_anchors_gives_all_but_its_heads():
+# Anchors.
+
+
+def test_anchors_of_another_number_begin_as_the_nearest_of_their_level():
     config = config_of(2)
-    shapes = tuple(level[:2] for level in config.anchors.shapes)
-    network = network_of(replace(config, anchors=replace(config.anchors, shapes=shapes)), seed=2)
-    taken = copy_detector(network, TWENTY.state_dict(), {1: 1, 2: 2}, 3, 21)
+    first = ((7.0, 9.0), (16.0, 4.0), (30.0, 9.0), (4.0, 17.0))  # there: 8 x 8, 11.3 x 5.7, 5.7 x 11.3
+    second = ((15.0, 15.0),)  # there: 16 x 16 and the like
+    detector = detector_of(with_shapes(config, first, second), seed=2)
+    fresh, old = clone(detector), clone(TWENTY)
+    taken = copy_detector(detector, TWENTY, {1: 4})
+    new = detector.network.state_dict()
+    assert [[one.place for one in level] for level in taken.anchors] == [[0, 1, 1, 2], [0], [0, 1, 2], [0, 1, 2]]
+    assert taken.anchors[0][0].iou == pytest.approx(56 / (64 + 63 - 56))
+    assert {one.iou for level in taken.anchors[2:] for one in level} == {1.0}
+    assert taken.fresh == ()
+    arm = {n for n in new if n.startswith("arm.levels.") and n.split(".")[2] in "01"}
+    assert set(taken.remapped) == HEADS | arm
+    for anchor, place in enumerate([0, 1, 1, 2]):
+        for kind in ("weight", "bias"):
+            name = f"arm.levels.0.{kind}"
+            assert torch.equal(new[name][6 * anchor : 6 * anchor + 6], old[name][6 * place : 6 * place + 6])
+            name = f"odm.levels.0.{kind}"
+            to, of = new[name][7 * anchor : 7 * anchor + 7], old[name][25 * place : 25 * place + 25]
+            assert torch.equal(to[0], of[0])
+            assert torch.equal(to[1], of[4])
+            assert torch.equal(to[2], fresh[name][7 * anchor + 2])
+            assert torch.equal(to[3:], of[21:])
+
+
+def test_anchors_of_the_same_number_but_another_order_follow_their_shapes():
+    shapes = [level[::-1] for level in config_of(20).require_anchors().shapes]
+    detector = detector_of(with_shapes(config_of(20), *shapes), seed=2)
+    taken = copy_detector(detector, TWENTY, {i: i for i in range(1, 21)})
+    assert [[(one.place, one.iou) for one in level] for level in taken.anchors] == [[(2, 1.0), (1, 1.0), (0, 1.0)]] * 4
+    new, old = clone(detector), clone(TWENTY)
+    for name in HEADS:
+        assert torch.equal(new[name].unflatten(0, (3, -1)), old[name].unflatten(0, (3, -1)).flip(0))
+
+
+def test_an_anchor_that_holds_several_takes_the_one_of_its_form():
+    # All three have half of the area, and IoU cannot tell them apart.
+    others = ((10.0, 20.0), (20.0, 10.0), (200**0.5, 200**0.5))
+    assert [one.place for one in nearest_shapes([(40.0, 20.1), (20.1, 40.0), (30.0, 30.0)], others)] == [1, 0, 2]
+    assert nearest_shapes([others[1]], others)[0].iou == 1.0
+
+
+def test_other_levels_leave_the_heads_fresh():
+    other = SimpleNamespace(config=replace(TWENTY.config), network=TWENTY.network)
+    strides = replace(TWENTY.config.require_anchors())
+    object.__setattr__(strides, "strides", (4, 8, 16, 32))
+    object.__setattr__(other.config, "anchors", strides)
+    detector = detector_of(config_of(20), seed=2)
+    taken = copy_detector(detector, other, {i: i for i in range(1, 21)})  # type: ignore[arg-type]
     assert {n.partition(".")[0] for n in taken.fresh} == {"arm", "odm"}
-    assert taken.remapped == ()
+    assert not taken.class_outputs
+
+
+# Families.
+
+
+def test_between_families_only_the_backbone_means_the_same():
+    refinedet = config_of(20)
+    network = replace(refinedet.network, arm=False, tcb=False)
+    ssd = detector_of(replace(refinedet, family="ssd", network=network), seed=2)
+    taken = copy_detector(ssd, TWENTY, {i: i for i in range(1, 21)})
+    new, old = clone(ssd), clone(TWENTY)
+    assert set(taken.copied) == {n for n in new if n.startswith("backbone.")}
+    assert {n.partition(".")[0] for n in taken.fresh} == {"head"}
+    assert (taken.remapped, taken.class_outputs, taken.anchors) == ((), False, ())
+    assert all(torch.equal(new[n], old[n]) for n in taken.copied)
+
+
+def test_an_ssd_of_other_classes_takes_over_its_own_head():
+    refinedet = config_of(3)
+    network = replace(refinedet.network, arm=False, tcb=False)
+    of_three = detector_of(replace(refinedet, family="ssd", network=network), seed=1)
+    of_one = detector_of(replace(config_of(1), family="ssd", network=network), seed=2)
+    taken = copy_detector(of_one, of_three, {1: 3})
+    assert {n.partition(".")[0] for n in taken.remapped} == {"head"}
+    new, old = clone(of_one)["head.levels.0.bias"], clone(of_three)["head.levels.0.bias"]
+    assert torch.equal(new.view(3, 6), old.view(3, 8)[:, [0, 3, 4, 5, 6, 7]])
+
+
+def test_a_grid_has_classes_without_background_and_no_anchors():
+    def of(names: tuple[str, ...], boxes: int = 2) -> DetectorConfig:
+        config = yolo320_mobilenetv2(Classes(names=names, category_ids=tuple(range(len(names))))).detector
+        return replace(config, grid=replace(config.require_grid(), boxes=boxes, layers=1, channels=16))
+
+    old, new = detector_of(of(("a", "b", "c")), seed=1), detector_of(of(("c", "x")), seed=2)
+    fresh = clone(new)
+    taken = copy_detector(new, old, {1: 3})
+    assert set(taken.remapped) == {"classes.weight", "classes.bias"}
+    assert (taken.fresh, taken.class_outputs, taken.anchors) == ((), True, ())
+    state, before = clone(new), clone(old)
+    for name in taken.remapped:
+        assert torch.equal(state[name][0], before[name][2])
+        assert torch.equal(state[name][1], fresh[name][1])
+    other = copy_detector(detector_of(of(("a", "b", "c"), boxes=3), seed=2), old, {1: 1, 2: 2, 3: 3})
+    assert {n.partition(".")[0] for n in other.fresh} == {"boxes"}
+    # Of a RefineDet it takes the backbone as far as it reads it.
+    of_twenty = copy_detector(new, TWENTY, {1: 1})
+    assert set(of_twenty.copied) == {n for n in state if n.startswith("backbone.")}
 
 
 # Files.

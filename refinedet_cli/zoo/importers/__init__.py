@@ -1,0 +1,1 @@
+"""Weights of other projects: their layouts, and ours."""

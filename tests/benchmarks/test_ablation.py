@@ -1,0 +1,89 @@
+"""The ablation: trained for a few steps on drawn pictures, then its table against the files it is made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from refinedet_cli.cli.app import main
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # one core
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+]
+SMALL = ("preprocess.height=64", "preprocess.width=64", "network.tcb_channels=16", "train.precision=fp32")
+
+
+@pytest.fixture
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("benchmarks/ablation.py")
+
+
+@pytest.fixture
+def data(noise_set: Path) -> str:
+    return str(noise_set)
+
+
+def test_it_trains_what_is_missing_and_lays_out_what_is_there(script, data, tmp_path, monkeypatch, capsys):
+    calls: list[Sequence[str]] = []
+
+    def call(arguments: Sequence[str]) -> None:
+        calls.append(arguments)
+        assert main([*arguments]) == 0
+
+    monkeypatch.setattr(script, "refinedet", call)
+    out = tmp_path / "out"
+    options = [
+        "--table", "recipe", "--only", "batch-8", "--train", data, "--val", data, "--test", data, "--start", "none",
+        "--steps", "8", "--batch", "2", "--seeds", "1", "--workers", "0", "--out", str(out),
+    ]  # fmt: skip
+    for setting in SMALL:
+        options += ["--set", setting]
+    script.main(options)
+    assert [arguments[0] for arguments in calls] == ["train", "eval"] * 2
+    capsys.readouterr()
+    # The other batch sees as many pictures: 8 steps of 2 are 2 of 8 (of which there are but 4).
+    settings = [json.loads((out / name / "config.json").read_text())["train"] for name in ("default-0", "batch-8-0")]
+    assert [(s["batch"], s["steps"]) for s in settings] == [(2, 8), (8, 2)]
+
+    calls.clear()
+    script.main(options)
+    assert not calls
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == (out / "table.md").read_text().splitlines()
+    assert len(lines) == 4
+    for line, name in zip(lines[2:], ("default-0", "batch-8-0"), strict=True):
+        metrics = json.loads((out / name / "test" / "metrics.json").read_text())
+        numbers = {n["name"]: n["value"] for n in metrics["numbers"]} if "numbers" in metrics else metrics["metrics"]
+        assert f"{numbers['AP50']:.3f}" in line
+    with Image.open(out / "curve.png") as picture:
+        assert picture.width > 500
+
+    # Against itself nothing differs, and what stopped in the middle goes on.
+    (out / "batch-8-0" / "test" / "metrics.json").unlink()
+    script.main(options)
+    assert "--resume" in calls[0]
+
+
+def test_an_unknown_row_is_named(script, data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--train", data, "--val", data, "--test", data, "--out", str(tmp_path), "--only", "yolo9"])
+    assert "yolo9" in capsys.readouterr().err
+
+
+def test_every_row_names_settings_that_exist(script):
+    from refinedet_cli.core.config import Classes
+    from refinedet_cli.core.presets import PRESETS
+    from refinedet_cli.engine.run_file import read_run_file
+    from refinedet_cli.engine.start import resolve_config
+
+    classes = Classes(names=("a",), category_ids=(1,))
+    for variants in script.TABLES.values():
+        for variant in variants.values():
+            assert variant.preset in PRESETS
+            resolve_config(classes, variant.preset, "none", read_run_file(None), variant.settings)
