@@ -416,8 +416,9 @@ def _level_table(title: str, levels: Sequence[LevelUse]) -> Table:
 
 
 def _refinement_table(refinement: Refinement) -> Table:
+    what = "Refinement" if refinement.refines else "Anchors moved"
     table = _table(
-        f"{'Refinement' if refinement.refines else 'Anchors moved'}, on {len(refinement.dataset):,} pictures with {len(refinement.objects):,} objects",
+        f"{what}, on {len(refinement.dataset):,} pictures with {len(refinement.objects):,} objects",
         "Best box of each object",
         ("IoU 0.5", "IoU 0.75", "IoU 0.9", "Mean IoU", "Anchors"),
     )

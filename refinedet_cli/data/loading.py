@@ -24,7 +24,6 @@ from refinedet_cli.data.mosaic import draw_panels
 from refinedet_cli.data.sampling import draw_companions, draw_weighted
 from refinedet_cli.errors import DataError
 
-
 # Batches that each worker keeps ready.
 PREFETCHED = 4
 
@@ -170,6 +169,9 @@ class TrainingSet(TorchDataset[tuple[Tensor, Target, int]]):
         target = Target(torch.from_numpy(boxes[kept]).float(), torch.from_numpy(labels[kept]))
         return pixels, target, draw.picture
 
+    def _begin(self, record: Record, augment: AugmentConfig, generator: np.random.Generator) -> None:
+        """Let a subclass see what a picture will be changed with; it must leave the generator as it is."""
+
     def _sample(
         self,
         index: int,
@@ -184,6 +186,7 @@ class TrainingSet(TorchDataset[tuple[Tensor, Target, int]]):
             float32[3, height, width]; its boxes, float64[N, 4], xyxy, norm; their labels, int64[N].
         """
         record = self.dataset.records[index]
+        self._begin(record, augment, generator)
         image = self._picture(index, record)
         trainable = ~record.crowd
         boxes, labels = record.boxes[trainable], record.labels[trainable]

@@ -155,20 +155,11 @@ class _Watched(TrainingSet):
         sample = Sample(names, _in_words(self._seen), draw.epoch + 1, size, len(sides), smallest)
         return _Made(sample, to_pixels(pixels, draw.preprocess), target)
 
-    def _sample(
-        self,
-        index: int,
-        config: PreprocessConfig,
-        size: tuple[int, int],
-        augment: AugmentConfig,
-        generator: np.random.Generator,
-    ) -> tuple[Tensor, np.ndarray, np.ndarray]:
-        record = self.dataset.records[index]
+    def _begin(self, record: Record, augment: AugmentConfig, generator: np.random.Generator) -> None:
         twin = np.random.default_rng()
         twin.bit_generator.state = generator.bit_generator.state
         view = draw_view(record.height, record.width, record.boxes[~record.crowd], augment, twin)
         self._seen.append(_Seen(record, view, _colour_words(distort_colours(_PROBE, augment, twin))))
-        return super()._sample(index, config, size, augment, generator)
 
 
 def to_pixels(planes: Tensor, config: PreprocessConfig) -> Canvas:

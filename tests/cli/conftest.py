@@ -1,4 +1,4 @@
-"""What tests of the commands share: drawn photographs, and small detectors of the families that came later."""
+"""What tests of the commands share: drawn pictures, and small detectors of the families that came later."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,22 @@ from refinedet_cli.zoo.checkpoint import save_checkpoint
 
 CLASSES = Classes(names=("person", "cat", "dog"), category_ids=(1, 17, 18))
 SIZES = ((60, 80), (97, 41), (120, 150))
+
+
+@pytest.fixture(scope="session")
+def coloured_squares(
+    tmp_path_factory: pytest.TempPathFactory, draw_squares: Callable[..., dict[str, Any]]
+) -> Callable[[int], Path]:
+    """Draw so many pictures of 64 x 64 pixels with a square each, green and red in turn: the path of squares.json."""
+    colours = {3: ("green", (30, 200, 30)), 4: ("red", (200, 30, 30))}
+
+    def draw(count: int) -> Path:
+        folder = tmp_path_factory.mktemp("data")
+        path = folder / "squares.json"
+        path.write_text(json.dumps(draw_squares(folder, [[3 + i % 2] for i in range(count)], colours, seed=1)))
+        return path
+
+    return draw
 
 
 @pytest.fixture(scope="session")

@@ -20,17 +20,12 @@ from refinedet_cli.engine.run_state import load_state
 from refinedet_cli.zoo.checkpoint import load_detector, save_checkpoint
 
 FAST = ("--set", "train.evaluate_every=0", "--precision", "fp32", "--workers", 0, "--batch", 4)
-COLOURS = {3: ("green", (30, 200, 30)), 4: ("red", (200, 30, 30))}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, draw_squares):
+def data(coloured_squares):
     """Ten pictures with squares of two classes."""
-    folder = tmp_path_factory.mktemp("data")
-    document = draw_squares(folder, [[3 + i % 2] for i in range(10)], COLOURS, seed=1)
-    path = folder / "squares.json"
-    path.write_text(json.dumps(document))
-    return path
+    return coloured_squares(10)
 
 
 @pytest.fixture(scope="module")

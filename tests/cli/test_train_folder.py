@@ -16,7 +16,6 @@ from refinedet_cli.cli.app import main
 from refinedet_cli.errors import DataError
 
 FAST = ("--weights", "none", "--preset", "tiny", "--precision", "fp32", "--workers", 0, "--batch", 4)
-COLOURS = {3: ("green", (30, 200, 30)), 4: ("red", (200, 30, 30))}
 
 
 class Run(NamedTuple):
@@ -37,13 +36,9 @@ def call(*args: object) -> dict:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, draw_squares):
+def data(coloured_squares):
     """Eight pictures with squares of two classes."""
-    folder = tmp_path_factory.mktemp("data")
-    document = draw_squares(folder, [[3 + i % 2] for i in range(8)], COLOURS, seed=1)
-    path = folder / "squares.json"
-    path.write_text(json.dumps(document))
-    return path
+    return coloured_squares(8)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,25 +45,21 @@ def preset(data: Dataset, size: int, changes: dict[str, object], augment: dict[s
     return replace(base, detector=detector, train=replace(base.train, **settings))  # type: ignore[arg-type]
 
 
-def run(
-    data: Dataset, validation: Dataset | None, recipe: Preset, out: Path, how: dict[str, object], stop: int = 0
-) -> None:
+@pytest.fixture
+def run(run_options: Callable[..., RunOptions]) -> Callable[..., None]:
     """Train up to a step, or to the end, from the same random start."""
-    torch.manual_seed(0)
-    detector = build(recipe.detector)
-    torch.manual_seed(stop)  # Nothing may depend on the state of the global generator.
-    asked = itertools.count(load_state(out / "state.pt").step + 1 if how.get("resume") else 1)
-    options = RunOptions(
-        out=out,
-        device=torch.device("cpu"),
-        precision=recipe.train.precision,  # type: ignore[arg-type]
-        workers=0,
-        cache=False,
-        resume=False,
-        should_stop=lambda: next(asked) == stop,
-        provenance={},
-    )
-    train(detector, data, validation, recipe.train, replace(options, **how), lambda report: None)  # type: ignore[arg-type]
+
+    def train_it(
+        data: Dataset, validation: Dataset | None, recipe: Preset, out: Path, how: dict[str, object], stop: int = 0
+    ) -> None:
+        torch.manual_seed(0)
+        detector = build(recipe.detector)
+        torch.manual_seed(stop)  # Nothing may depend on the state of the global generator.
+        asked = itertools.count(load_state(out / "state.pt").step + 1 if how.get("resume") else 1)
+        chosen = {"precision": recipe.train.precision, "should_stop": lambda: next(asked) == stop, **how}
+        train(detector, data, validation, recipe.train, run_options(out, **chosen), lambda report: None)
+
+    return train_it
 
 
 SGD = {"optimizer": "sgd", "precision": "fp32", "ema_decay": 0.99}
@@ -83,7 +80,7 @@ ALL_DRAWS = {**SGD, "balance": 0.5, "small_input": ((0.6, 0.5),), "freeze_norm":
     ],
 )
 def test_a_run_stopped_within_an_epoch_leaves_what_an_unbroken_one_does(
-    data, validation, tmp_path, assert_equal_runs, size, changes, augment, whole, cut, rest
+    data, validation, tmp_path, assert_equal_runs, size, changes, augment, whole, cut, rest, run
 ):
     recipe = preset(data, size, changes, augment)
     scored = validation if changes.get("evaluate_every") else None
@@ -95,7 +92,7 @@ def test_a_run_stopped_within_an_epoch_leaves_what_an_unbroken_one_does(
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_the_comparison_notices_the_last_bit_of_one_weight(data, tmp_path, assert_equal_runs):
+def test_the_comparison_notices_the_last_bit_of_one_weight(data, tmp_path, assert_equal_runs, run):
     run(data, None, preset(data, 64, {**SGD, "steps": 1}, {}), tmp_path / "one", {})
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     assert_equal_runs(tmp_path / "one", tmp_path / "two")

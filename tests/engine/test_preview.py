@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +29,7 @@ CLASSES = Classes(
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+def pictures(tmp_path_factory: pytest.TempPathFactory, make_record: Callable[..., Record]) -> Dataset:
     """Six pictures; the fourth shows nothing, the fifth is a crowd."""
     folder = tmp_path_factory.mktemp("pictures")
     records = []
@@ -36,21 +37,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         path = folder / f"{i}.png"
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(path)
         count = 0 if i == 3 else 1 + i % 3
-        records.append(
-            Record(
-                image_id=i,
-                path=path,
-                width=80,
-                height=60,
-                boxes=np.array([[10.0 + 3 * k, 10.0, 40.0 + 5 * k, 45.0] for k in range(count)]).reshape(-1, 4),
-                labels=np.arange(count) % 3 + 1,
-                areas=np.full(count, 900.0),
-                crowd=np.full(count, i == 4),
-                difficult=np.zeros(count, bool),
-                annotation_ids=np.arange(count) + 10 * i,
-                file_name=f"folder/{i}.png",
-            )
-        )
+        boxes = [[10 + 3 * k, 10, 40 + 5 * k, 45] for k in range(count)]
+        record = make_record(path, boxes, np.arange(count) % 3 + 1, image_id=i, width=80, height=60)
+        records.append(replace(record, crowd=np.full(count, i == 4), file_name=f"folder/{i}.png"))
     return Dataset("pictures", CLASSES, tuple(records))
 
 

@@ -34,7 +34,8 @@ ONE_CLASS = Classes(names=("square",), category_ids=(7,))
 @pytest.fixture(scope="module")
 def squares(bright_squares: Callable[..., Path]) -> Dataset:
     """Twelve pictures of bright squares on dark noise; one shows nothing, one holds a crowd box."""
-    return open_dataset(str(bright_squares(12, crowds=[5])), split="train")
+    opened = open_dataset(str(bright_squares(12, crowds=[5])), split="train")
+    return replace(opened, name="squares")
 
 
 def preset(**changes: object) -> Preset:
