@@ -177,7 +177,7 @@ def _document(done: Imported, target: Path | None, sha256: str | None = None) ->
 
 def _table(done: Imported, target: Path | None) -> Table:
     title = "Recognised" if target is None else "Imported"
-    table = Table(title=f"{title} {done.file.path}", title_justify="left", show_header=False)
+    table = Table(title=f"{title} {done.file.path.name}", title_justify="left", show_header=False)
     table.add_column("what", no_wrap=True)
     table.add_column("figure", overflow="fold")
     for what, figure in _rows(done):

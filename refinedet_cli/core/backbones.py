@@ -33,15 +33,10 @@ class Backbone(Protocol):
         """Name the layers in order, cut where the resolution halves."""
 
 
-class VGG16(nn.Module):
-    """VGG-16 with fc6 and fc7 as convolutions, and one extra level.
+class _VGGLayers(nn.Module):
+    """What the two readings of VGG-16 share: its layers, fc6 and fc7 as convolutions, and the first extra one."""
 
-    Source: official RefineDet code; fc6 is dilated by 3 at stride 32 there. 320 and 512 are the same network.
-    """
-
-    channels = (512, 512, 1024, 512)
-
-    def __init__(self, fc6_dilation: int = 3) -> None:
+    def __init__(self, fc6_dilation: int) -> None:
         super().__init__()
         self.conv1 = _vgg_block(3, 64, 2)
         self.conv2 = _vgg_block(64, 128, 2)
@@ -53,6 +48,22 @@ class VGG16(nn.Module):
         )
         self.fc7 = conv_relu(1024, 1024, 1)
         self.conv6 = nn.Sequential(conv_relu(1024, 256, 1), conv_relu(256, 512, 3, stride=2))
+
+    def stages(self) -> list[nn.Module]:
+        """Name the five convolution blocks."""
+        return [self.conv1, self.conv2, self.conv3, self.conv4, self.conv5]
+
+
+class VGG16(_VGGLayers):
+    """VGG-16 with fc6 and fc7 as convolutions, and one extra level.
+
+    Source: official RefineDet code; fc6 is dilated by 3 at stride 32 there. 320 and 512 are the same network.
+    """
+
+    channels = (512, 512, 1024, 512)
+
+    def __init__(self, fc6_dilation: int = 3) -> None:
+        super().__init__(fc6_dilation)
         self.norm4 = L2Norm(512, 10.0)
         self.norm5 = L2Norm(512, 8.0)
         self.pool = nn.MaxPool2d(2)
@@ -65,12 +76,8 @@ class VGG16(nn.Module):
         fc7 = self.fc7(self.fc6(self.pool(conv5)))
         return [self.norm4(conv4), self.norm5(conv5), fc7, self.conv6(fc7)]
 
-    def stages(self) -> list[nn.Module]:
-        """Name the five convolution blocks."""
-        return [self.conv1, self.conv2, self.conv3, self.conv4, self.conv5]
 
-
-class SSDVGG16(nn.Module):
+class SSDVGG16(_VGGLayers):
     """VGG-16 as SSD300 reads it: its last pooling keeps the resolution, and four extra levels end at a single cell.
 
     Source: SSD (arXiv:1512.02325), Sec. 3 and Fig. 2, and its official code: pool5 is 3x3 with stride 1, fc6 is dilated
@@ -80,17 +87,7 @@ class SSDVGG16(nn.Module):
     channels = (512, 1024, 512, 256, 256, 256)
 
     def __init__(self, fc6_dilation: int = 6) -> None:
-        super().__init__()
-        self.conv1 = _vgg_block(3, 64, 2)
-        self.conv2 = _vgg_block(64, 128, 2)
-        self.conv3 = _vgg_block(128, 256, 3)
-        self.conv4 = _vgg_block(256, 512, 3)
-        self.conv5 = _vgg_block(512, 512, 3)
-        self.fc6 = nn.Sequential(
-            nn.Conv2d(512, 1024, 3, padding=fc6_dilation, dilation=fc6_dilation), nn.ReLU(inplace=True)
-        )
-        self.fc7 = conv_relu(1024, 1024, 1)
-        self.conv6 = nn.Sequential(conv_relu(1024, 256, 1), conv_relu(256, 512, 3, stride=2))
+        super().__init__(fc6_dilation)
         self.conv7 = nn.Sequential(conv_relu(512, 128, 1), conv_relu(128, 256, 3, stride=2))
         self.conv8 = nn.Sequential(conv_relu(256, 128, 1), nn.Conv2d(128, 256, 3), nn.ReLU(inplace=True))
         self.conv9 = nn.Sequential(conv_relu(256, 128, 1), nn.Conv2d(128, 256, 3), nn.ReLU(inplace=True))
@@ -106,10 +103,6 @@ class SSDVGG16(nn.Module):
         for extra in (self.conv6, self.conv7, self.conv8, self.conv9):
             maps.append(extra(maps[-1]))
         return maps
-
-    def stages(self) -> list[nn.Module]:
-        """Name the five convolution blocks."""
-        return [self.conv1, self.conv2, self.conv3, self.conv4, self.conv5]
 
 
 def _vgg_block(inputs: int, outputs: int, depth: int) -> nn.Sequential:

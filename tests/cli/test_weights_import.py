@@ -38,7 +38,7 @@ def test_an_imported_detector_detects(run, weights, tmp_path):
     code, stdout, stderr = run("weights", "import", weights, "--classes", "names.txt", "--size", "64")
     assert code == 0
     out = tmp_path / "ships320.safetensors"
-    assert stdout.splitlines()[0].rstrip() == f"Imported {weights}"
+    assert stdout.splitlines()[0].rstrip() == f"Imported {weights.name}"
     rows = {line[:13].strip(): line[13:].strip() for line in stdout.splitlines()[1:]}
     assert rows["from"] == "luuuyi/RefineDet.PyTorch"
     assert rows["2 classes"] == "ship, boat"
