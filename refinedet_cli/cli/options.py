@@ -288,7 +288,7 @@ PrecisionOpt = Annotated[
     typer.Option(
         "--precision",
         help="Number format of the network; auto is bf16 where the device computes it natively.",
-        show_default="of the config when training, fp32 otherwise",
+        show_default="of the config when training, auto for detect, fp32 otherwise",
         rich_help_panel=RUNTIME,
     ),
 ]

@@ -134,9 +134,11 @@ class MobileNetV2(nn.Module):
         features = images
         for index, block in enumerate(self.features):
             if index in self._taps:
-                widen, rest = block.conv[0], block.conv[1:]
+                widen, *rest = block.conv
                 maps.append(widen(features))
-                features = rest(maps[-1])
+                features = maps[-1]
+                for layer in rest:
+                    features = layer(features)
             else:
                 features = block(features)
         return [*maps, features, self.extra(features)]

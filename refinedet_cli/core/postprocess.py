@@ -1,11 +1,13 @@
 """From scored anchors to detections: the best candidates, exact greedy NMS, the best of what is left.
 
 Everything up to `suppress` runs on the device of its input, for a whole batch, in shapes that do not depend on the
-values; what comes after works on the few detections of one picture.
+values; what comes after works on the few detections of one picture. NMS has two forms with the same result: on CPUs
+torchvision's kernel, class by class; elsewhere rounds of one rule over all pairs of a batch, which wait for no value.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.ops import nms
 
 from refinedet_cli.core.boxes import cxcywh_to_xyxy, decode, pair_iou
 from refinedet_cli.core.config import PostprocessConfig
@@ -20,6 +23,20 @@ from refinedet_cli.core.structures import BatchDetections, Candidates, Detection
 
 # Overlaps that are held in memory at once; more rows are worked off in turns.
 _MAX_PAIRS = 1 << 24
+# After so many the rule of `greedy_keep` has settled on all but made-up cases, where it goes on.
+_ROUNDS = 8
+
+
+class Attempt(NamedTuple):
+    """Suppression after a number of rounds.
+
+    Attributes:
+        found: the detections.
+        settled: bool[], whether they are those of greedy NMS; if not, it takes more rounds.
+    """
+
+    found: BatchDetections
+    settled: Tensor
 
 
 class Best(NamedTuple):
@@ -108,15 +125,53 @@ def suppress(candidates: Candidates, config: PostprocessConfig) -> BatchDetectio
 
     Source: paper, "Inference".
     """
+    if candidates.scores.device.type == "cpu":
+        batch, groups, _ = candidates.scores.shape
+        kept = torch.empty_like(candidates.scores, dtype=torch.bool)
+        for place in itertools.product(range(batch), range(groups)):
+            row = (values[place] for values in candidates)
+            kept[place] = _keep_by_class(*row, nms_iou=config.nms_iou)
+        return best_kept(candidates, kept, config.keep)
+    attempt = try_suppress(candidates, config)
+    # The first moment at which the device is waited for; the detections are to be fetched next.
+    while not attempt.settled:
+        attempt = try_suppress(candidates, config, rounds=candidates.scores.shape[2])
+    return attempt.found
+
+
+def try_suppress(candidates: Candidates, config: PostprocessConfig, rounds: int = _ROUNDS) -> Attempt:
+    """Do as `suppress` in a fixed number of operations that never wait for a value, as a CUDA graph needs it.
+
+    Args:
+        candidates: as for `suppress`.
+        config: as for `suppress`.
+        rounds: of `greedy_keep`'s rule; as many as there are places settle every case.
+    """
     batch, groups, places = candidates.scores.shape
     boxes, scores, labels = (t.reshape(batch * groups, places, *t.shape[3:]) for t in candidates)
-    looked_at = _filled_places(scores)
-    turns = range(0, batch * groups, max(1, _MAX_PAIRS // looked_at**2))
-    kept = torch.zeros_like(scores, dtype=torch.bool)
-    for start in turns:
-        cut = slice(start, start + turns.step), slice(0, looked_at)
-        kept[cut] = greedy_keep(boxes[cut], scores[cut], labels[cut], config.nms_iou)
-    return best_kept(candidates, kept.view_as(candidates.scores), config.keep)
+    turns = max(1, _MAX_PAIRS // places**2)
+    settled, kept = [], []
+    for rows in zip(boxes.split(turns), scores.split(turns), labels.split(turns), strict=True):
+        alive = rows[1] > 0
+        keep, is_settled = _settle(alive, suppression_matrix(rows[0], rows[2], config.nms_iou), alive, rounds)
+        kept.append(keep)
+        settled.append(is_settled)
+    found = best_kept(candidates, torch.cat(kept).view_as(candidates.scores), config.keep)
+    return Attempt(found, torch.stack(settled).all())
+
+
+def _keep_by_class(boxes: Tensor, scores: Tensor, labels: Tensor, *, nms_iou: float) -> Tensor:
+    """Do as `greedy_keep` for one row, boxes float32[K, 4], on the CPU."""
+    kept = torch.zeros_like(labels, dtype=torch.bool)
+    count = int((scores > 0).sum())
+    order = labels[:count].sort(stable=True)
+    lengths = torch.unique_consecutive(order.values, return_counts=True)[1].tolist()
+    # torchvision compares in float64, all else here in float32.
+    limit = torch.tensor(nms_iou, dtype=torch.float32).item()
+    columns = (column.split(lengths) for column in (order.indices, boxes[order.indices], scores[order.indices]))
+    for places, *of_class in zip(*columns, strict=True):
+        kept[places[nms(*of_class, limit)]] = True
+    return kept
 
 
 def best_kept(candidates: Candidates, kept: Tensor, keep: int) -> BatchDetections:
@@ -141,12 +196,6 @@ def best_kept(candidates: Candidates, kept: Tensor, keep: int) -> BatchDetection
     )
 
 
-def _filled_places(scores: Tensor) -> int:
-    """Count the places that NMS must look at; on a GPU all of them, since counting would make it wait."""
-    rows, places = scores.shape
-    return max(1, int((scores > 0).sum(dim=1).max())) if scores.device.type == "cpu" and rows else places
-
-
 def greedy_keep(boxes: Tensor, scores: Tensor, labels: Tensor, nms_iou: float) -> Tensor:
     """Decide greedy class-wise NMS for many rows at once.
 
@@ -165,12 +214,18 @@ def greedy_keep(boxes: Tensor, scores: Tensor, labels: Tensor, nms_iou: float) -
     """
     alive = scores > 0
     suppresses = suppression_matrix(boxes, labels, nms_iou)
-    keep = alive
-    while True:
-        following = still_alive(alive, suppresses, keep)
-        if torch.equal(following, keep):
-            return keep
-        keep = following
+    keep, settled = _settle(alive, suppresses, alive, _ROUNDS)
+    while not settled:
+        keep, settled = _settle(alive, suppresses, keep, _ROUNDS)
+    return keep
+
+
+def _settle(alive: Tensor, suppresses: Tensor, keep: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """Apply the rule of `greedy_keep` some times; gives who stays, and bool[] whether the last changed nothing."""
+    before = keep
+    for _ in range(rounds):
+        before, keep = keep, still_alive(alive, suppresses, keep)
+    return keep, (keep == before).all()
 
 
 def suppression_matrix(boxes: Tensor, labels: Tensor, nms_iou: float) -> Tensor:

@@ -1,7 +1,8 @@
 """The one resize and normalisation, for training, detection, evaluation and export.
 
 The resize is two matrix products with triangle weights. It equals antialiased bilinear interpolation, and unlike a
-library's resize it gives the same numbers in every engine that can multiply matrices.
+library's resize it gives the same numbers in every engine that can multiply matrices. Most weights are 0: outside of
+graphs, only the band around the diagonal is multiplied.
 """
 
 from __future__ import annotations
@@ -51,15 +52,36 @@ def preprocess(
     height, width = image.shape[0], image.shape[1]
     left, top, right, bottom = window or Window(0, 0, width, height)
     # Whole pictures come in few sizes; windows hardly ever repeat, and would only fill the cache.
-    weights = _cached_weights if window is None else resize_weights
+    make = _cached_side if window is None else _make_side
     output_height, output_width = size or (config.height, config.width)
-    rows = weights(top, bottom, height, output_height)
-    columns = weights(left, right, width, output_width)
-    if mirror:
-        columns = columns.flip(0)
+    rows = make(top, bottom, height, output_height, image.device)
+    columns = make(left, right, width, output_width, image.device)
     # Only what the window covers is touched.
     inside = image[slice(*_existing(top, bottom, height)), slice(*_existing(left, right, width))]
-    return _resized(inside, rows, columns, config)
+    planes = _resize(inside, rows, columns)
+    # What is beyond the picture weighs nothing so far, and becomes the mean colour.
+    mean, std = _constants(config, image.device)
+    planes = (planes - mean * (columns.reach[:, None, None] * rows.reach)) / std
+    if mirror:
+        planes = planes.flip(0)
+    if config.channel_order == "bgr":
+        planes = planes.flip(1)
+    return planes.permute(1, 2, 0)
+
+
+def _resize(pixels: Tensor, rows: _Side, columns: _Side) -> Tensor:
+    """Resize uint8[h, w, 3] to float32[width, 3, height]: transposed, so that no product needs a copy."""
+    height, width = pixels.shape[0], pixels.shape[1]
+    lines = pixels.reshape(height, width * 3)
+    half = pixels.new_empty((width * 3, len(rows.weights)), dtype=torch.float32)
+    for chosen, read in rows.bands:
+        # A band of the picture at a time fits into the processor's cache.
+        torch.mm(lines[read].float().T, rows.weights[chosen, read].T, out=half[:, chosen])
+    half = half.view(width, 3 * len(rows.weights))
+    whole = half.new_empty((len(columns.weights), half.shape[1]))
+    for chosen, read in columns.bands:
+        torch.mm(columns.weights[chosen, read], half[read], out=whole[chosen])
+    return whole.view(len(columns.weights), 3, len(rows.weights))
 
 
 def preprocess_batch(images: Tensor, config: PreprocessConfig) -> Tensor:
@@ -75,13 +97,7 @@ def preprocess_batch(images: Tensor, config: PreprocessConfig) -> Tensor:
     height, width = images.shape[1], images.shape[2]
     rows = resize_weights(0, height, height, config.height)
     columns = resize_weights(0, width, width, config.width)
-    return _resized(images, rows, columns, config)
-
-
-def _resized(pixels: Tensor, rows: Tensor, columns: Tensor, config: PreprocessConfig) -> Tensor:
-    """Resize and normalise uint8[..., h, w, 3] to float32[..., 3, height, width]."""
-    # The mean goes first, so that what is beyond a picture weighs nothing.
-    planes = (pixels.float() - torch.tensor(config.mean)).movedim(-1, -3)
+    planes = (images.float() - torch.tensor(config.mean)).movedim(-1, -3)
     planes = rows @ (planes @ columns.T) / torch.tensor(config.std)[:, None, None]
     return planes.flip(-3) if config.channel_order == "bgr" else planes
 
@@ -119,4 +135,46 @@ def _existing(start: int, stop: int, length: int) -> tuple[int, int]:
     return first, max(first, min(stop, length))
 
 
-_cached_weights = lru_cache(maxsize=16)(resize_weights)
+class _Side(NamedTuple):
+    """How one side is resized.
+
+    Attributes:
+        weights: as `resize_weights` gives them.
+        bands: slices of outputs, and of the pixels that have weight in them; all outputs, in order.
+        reach: float32[outputs], the sum of each output's weights: below 1 beyond the picture.
+    """
+
+    weights: Tensor
+    bands: tuple[tuple[slice, slice], ...]
+    reach: Tensor
+
+
+# Outputs of a band: fewer multiply fewer zeros, more make fewer products.
+_BAND = 16
+
+
+def _make_side(start: int, stop: int, length: int, outputs: int, device: torch.device) -> _Side:
+    """Prepare to resize pixels [start, stop) of a side; arguments are those of `resize_weights`."""
+    weights = resize_weights(start, stop, length, outputs).to(device)
+    size, support = stop - start, max(outputs, stop - start)
+    first, last = (edge - start for edge in _existing(start, stop, length))
+    bands = []
+    for low in range(0, outputs, _BAND):
+        high = min(low + _BAND, outputs)
+        # Pixel i has weight in output j where |(2 j + 1) size - (2 i + 1) outputs| < 2 support.
+        below, above = (2 * low + 1) * size - 2 * support, (2 * high - 1) * size + 2 * support
+        begin = (below - outputs) // (2 * outputs) + 1
+        end = -((outputs - above) // (2 * outputs))
+        begin, end = (min(max(edge, first), last) - first for edge in (begin, end))
+        bands.append((slice(low, high), slice(begin, end)))
+    return _Side(weights, tuple(bands), weights.sum(dim=1))
+
+
+_cached_side = lru_cache(maxsize=16)(_make_side)
+
+
+@lru_cache(maxsize=4)
+def _constants(config: PreprocessConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, float32[3, 1]."""
+    mean, std = (torch.tensor(values, device=device)[:, None] for values in (config.mean, config.std))
+    return mean, std

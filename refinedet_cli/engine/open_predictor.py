@@ -33,6 +33,7 @@ def open_predictor(
     *,
     device: torch.device,
     precision: PrecisionName | None,
+    usual_precision: PrecisionName = "fp32",
     multi_scale: str | None = None,
     postprocess: PostprocessConfig | None = None,
     tiles: Tiling | None = None,
@@ -43,7 +44,8 @@ def open_predictor(
     Args:
         weights: as a user names them; None is the bundled detector.
         device: where to compute.
-        precision: of the network; None is fp32.
+        precision: of the network, where somebody asked for one.
+        usual_precision: of a checkpoint's network, where nobody did.
         multi_scale: a schedule's name or file; None looks at each picture once.
         postprocess: in place of the detector's own.
         tiles: how to cut larger pictures; None looks at them as a whole.
@@ -61,6 +63,6 @@ def open_predictor(
     loaded = load_detector(path)
     if postprocess is not None:
         loaded = with_postprocess(loaded, postprocess)
-    chosen = select_precision(precision or "fp32", device)
+    chosen = select_precision(precision or usual_precision, device)
     predictor = make_predictor(loaded, device=device, precision=chosen, multi_scale=multi_scale)
     return with_tiles(predictor, tiles, batch)

@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from refinedet_cli.core.config import Classes, DetectorConfig, PreprocessConfig
+from refinedet_cli.core.fused import FusedNetwork
 from refinedet_cli.core.multi_scale import ScaleSchedule
 from refinedet_cli.core.postprocess import soften, suppress, to_detections
 from refinedet_cli.core.preprocess import preprocess
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.engine.device import Precision
+from refinedet_cli.engine.stages import stage
 from refinedet_cli.zoo.checkpoint import LoadedDetector
 
 
@@ -56,6 +58,10 @@ class AnyPredictor(Protocol):
     def schedule(self) -> ScaleSchedule | None:
         """The passes of multi-scale testing; None where a picture is looked at once."""
 
+    @property
+    def input_size(self) -> tuple[int, int] | None:
+        """(height, width) to which a picture is resized as a whole; None where it is needed as large as it is."""
+
     def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         """Find the objects in pictures uint8[H, W, 3], RGB, of any sizes: one `Detections` each, in order."""
 
@@ -64,7 +70,7 @@ class Predictor:
     """A detector ready to use on a device.
 
     Args:
-        loaded: its network is moved to the device and put into evaluation mode, in place.
+        loaded: its network is copied; what becomes of it later changes nothing here.
         device: where to compute.
         precision: of the network; decoding and suppression are always float32.
 
@@ -80,9 +86,10 @@ class Predictor:
         self.loaded = loaded
         self.device = device
         self.precision: Precision = precision
-        self._network = loaded.detector.network.to(device=device)
-        self._network.to(memory_format=torch.channels_last)
-        self._network.eval()
+        size = loaded.config.preprocess
+        self._network = FusedNetwork(
+            loaded.detector.network, device=device, bf16=precision == "bf16", input_size=(size.height, size.width)
+        )
 
     @property
     def config(self) -> DetectorConfig:
@@ -103,6 +110,11 @@ class Predictor:
     def provenance(self) -> dict[str, Any]:
         """What the checkpoint says of how it was made."""
         return self.loaded.provenance
+
+    @property
+    def input_size(self) -> tuple[int, int] | None:
+        """(height, width) of the network's input."""
+        return self.config.preprocess.height, self.config.preprocess.width
 
     def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         """Find the objects in a batch of pictures, which may differ in size.
@@ -130,16 +142,17 @@ class Predictor:
     def _inputs(self, images: Sequence[NDArray[np.uint8]], config: PreprocessConfig) -> Tensor:
         """Make network input float32[B, 3, height, width] of checked pictures."""
         # A read-only or mirrored array has no tensor view, so these are copied.
-        pixels = (torch.from_numpy(np.require(image, requirements=["C", "W"])) for image in images)
-        return torch.stack([preprocess(image, config) for image in pixels]).to(self.device)
+        pixels = (torch.from_numpy(np.require(image, requirements=["C", "W"])).to(self.device) for image in images)
+        with stage("prepare"):
+            return torch.stack([preprocess(image, config) for image in pixels])
 
     def _find(self, inputs: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Detections]:
         """Run the network, decode and suppress; ``sizes`` are the heights and widths of the pictures, px-img."""
         with torch.inference_mode(), _exact_convolutions():
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            with stage("network"):
                 raw = self._network(inputs)
-            return to_detections(suppress(self.loaded.detector.decoder(raw), self.config.postprocess), sizes)
+            with stage("post-processing"):
+                return to_detections(suppress(self.loaded.detector.decoder(raw), self.config.postprocess), sizes)
 
 
 def picture_sizes(images: Sequence[NDArray[np.uint8]]) -> list[tuple[int, int]]:
