@@ -8,6 +8,7 @@ instead of at every call. In bf16 the weights are converted once.
 from __future__ import annotations
 
 import copy
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ class _Activation(NamedTuple):
     arguments: tuple[float, ...] = ()
 
 
+# What a layer may read and write at a time on a CPU. Allocators fetch larger maps from the system and give them back at
+# every use, which takes longer than small batches do.
+_MOST_BYTES = 32 * 2**20
 _NONE = _Activation("none")
 _RELU = _Activation("relu")
 _ACTIVATIONS = {nn.ReLU: _RELU, nn.ReLU6: _Activation("hardtanh", (0.0, 6.0))}
@@ -63,6 +67,8 @@ class FusedNetwork(nn.Module):
         # The first pass lays weights out for this size, whatever sizes and batches come.
         with torch.inference_mode():
             self(torch.zeros(1, 3, *input_size, device=device))
+        largest = max((m.map_bytes for m in self.modules() if isinstance(m, _FusedConvolution)), default=0)
+        self._bytes_per_pixel = largest / math.prod(input_size)
 
     def forward(self, images: Tensor) -> Any:
         """Map float32[B, 3, H, W] to what the network returns for it.
@@ -74,6 +80,12 @@ class FusedNetwork(nn.Module):
             with torch.autocast(images.device.type, dtype=torch.bfloat16):
                 return self._network(images)
         return self._network(images)
+
+    def parts(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Cut a batch of at least one picture into such as take no longer one after the other than all together."""
+        largest = self._bytes_per_pixel * math.prod(images.shape[2:])
+        parts: tuple[Tensor, ...] = images.split(max(1, int(_MOST_BYTES / largest)) if largest else len(images))
+        return parts
 
 
 class _Tracer(fx.Tracer):
@@ -164,6 +176,9 @@ class _FusedConvolution(nn.Module):
     """A convolution on the CPU with the activation that follows it, its weights in oneDNN's own layout.
 
     The bias stays float32 whatever the weights are.
+
+    Attributes:
+        map_bytes: what it reads and writes for one picture of the first call; 0 before.
     """
 
     def __init__(self, conv: nn.Conv2d, activation: _Activation, dtype: torch.dtype) -> None:
@@ -172,18 +187,20 @@ class _FusedConvolution(nn.Module):
         self._activation = activation
         self._bias = None if conv.bias is None else conv.bias.detach()
         self._weight = conv.weight.detach().to(dtype)
-        self._packed = False
+        self.map_bytes = 0
 
     def forward(self, features: Tensor) -> Tensor:
-        if not self._packed:
+        is_first = not self.map_bytes
+        if is_first:
             # Which layout is best depends on the size of the map.
             self._weight = torch.ops.aten.mkldnn_reorder_conv2d_weight(
                 self._weight.to_mkldnn(), *self._shape, [*features.shape]
             )
-            self._packed = True
         result: Tensor = torch.ops.mkldnn._convolution_pointwise(
             features, self._weight, self._bias, *self._shape, self._activation.name, [*self._activation.arguments], ""
         )
+        if is_first:
+            self.map_bytes = (features.nbytes + result.nbytes) // len(result)
         return result
 
 

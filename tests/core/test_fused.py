@@ -99,6 +99,17 @@ def test_other_sizes_and_batches_than_the_usual():
             assert_close(mine, other, rtol=1e-4, atol=2e-5)
 
 
+def test_large_batches_are_cut_to_what_the_allocator_keeps(monkeypatch):
+    prepared = prepare(made("refinedet320_mobilenetv2"))
+    # Of 64 px most is read and written where 96 channels of 32 x 32 become 16 x 16.
+    monkeypatch.setattr(fused, "_MOST_BYTES", 3 * 96 * (32 * 32 + 16 * 16) * 4)
+    assert [len(part) for part in prepared.parts(pictures(8, 64))] == [3, 3, 2]
+    assert [len(part) for part in prepared.parts(pictures(3, 128))] == [1, 1, 1]
+    monkeypatch.setattr(fused, "_MOST_BYTES", 1)
+    assert [len(part) for part in prepared.parts(pictures(2, 64))] == [1, 1]
+    assert [len(part) for part in prepare(Choosy(), size=16).parts(pictures(5, 16))] == [5]
+
+
 def test_the_original_stays_as_it_is():
     network = made("tiny").train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
