@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageFile, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from refinedet_cli.errors import DataError
 
@@ -45,6 +45,10 @@ _EXTENSIONS = frozenset(
     | {".jp2", ".j2k", ".jpx", ".avif", ".ppm", ".pgm", ".pbm", ".pnm", ".heic", ".heif"}
 )
 _WIDTH_TAG, _HEIGHT_TAG, _ORIENTATION_TAG = 0x0100, 0x0101, 0x0112
+# By what libjpeg can divide the sides while it decodes, the most first.
+_REDUCTIONS = (8, 4, 2)
+# A reduced picture is at least so many times as large as what it is resized to, so that the resize still decides.
+_ROOM = 2
 _ORIENT: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -81,6 +85,21 @@ class Header(NamedTuple):
     orientation: int
 
 
+class Reading(NamedTuple):
+    """A picture that was decoded, in full or reduced.
+
+    Attributes:
+        pixels: uint8[h, w, 3], RGB, as the picture is seen; contiguous and writable.
+        size: (height, width) of the whole picture as it is seen, px-img.
+        factor: 1, 2, 4 or 8: each pixel stands for a square of so many, and h and w are the sides of the whole picture
+            divided by it and rounded up. The last row and column may stand for less than a square.
+    """
+
+    pixels: NDArray[np.uint8]
+    size: tuple[int, int]
+    factor: int = 1
+
+
 def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode a picture as people see it.
 
@@ -96,6 +115,35 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
     """
     with open_regular(path) as file, _pillow():
         return image_pixels(_open(path, file, max_pixels), path)
+
+
+def read_reduced(path: Path, input_size: tuple[int, int], *, max_pixels: int = MAX_PIXELS) -> Reading:
+    """Decode a picture that will be resized: a large JPEG at a half, a quarter or an eighth of its size.
+
+    It is reduced as long as both sides stay at least twice those of the input. This is for looking at pictures fast,
+    not for numbers: reduced and then resized, pixels differ a little. A JPEG that is neither RGB nor grey when decoded,
+    and every other format, is decoded in full.
+
+    Args:
+        path: the file.
+        input_size: (height, width) to which the picture, as it is seen, will be resized.
+        max_pixels: most pixels of the whole picture.
+
+    Returns:
+        a reading; where its ``factor`` is 1, its pixels equal ``read_image(path)``.
+
+    Raises:
+        DataError: as `read_image`.
+    """
+    with open_regular(path) as file, _pillow():
+        image = _open(path, file, max_pixels)
+        if not isinstance(image, JpegImagePlugin.JpegImageFile):
+            pixels = image_pixels(image, path)
+            return Reading(pixels, (pixels.shape[0], pixels.shape[1]))
+        width, height = image.size
+        is_turned = _orientation(image) >= 5
+        factor = _reduce(image, input_size[::-1] if is_turned else input_size)
+        return Reading(image_pixels(image, path), (width, height) if is_turned else (height, width), factor)
 
 
 def image_pixels(image: Image.Image, path: Path) -> NDArray[np.uint8]:
@@ -277,6 +325,21 @@ def _no_picture(path: Path, file: BufferedReader) -> DataError:
     if path.suffix.lower() in _EXTENSIONS:
         return DataError(f"{path} is not a picture, or is damaged at its start", f"copy it again; {READABLE}")
     return DataError(f"{path} is not a picture", READABLE)
+
+
+def _reduce(image: JpegImagePlugin.JpegImageFile, input_size: tuple[int, int]) -> int:
+    """Have a JPEG decoded as small as an input (height, width) of its stored pixels allows; tells by what factor."""
+    # A lossless JPEG, which has no tables of quantisation, cannot be reduced.
+    if image.mode not in ("RGB", "L") or not image.quantization:
+        return 1
+    width, height = image.size
+    for factor in _REDUCTIONS:
+        reduced = (-(-width // factor), -(-height // factor))
+        if reduced[1] >= _ROOM * input_size[0] and reduced[0] >= _ROOM * input_size[1]:
+            # Pillow takes the largest factor that leaves at least the size that it is asked for, sides rounded down.
+            image.draft(None, (width // factor, height // factor))
+            return factor if image.size == reduced else 1
+    return 1
 
 
 def _stored_size(image: ImageFile.ImageFile) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from refinedet_cli.core.postprocess import suppress, to_detections
 from refinedet_cli.core.preprocess import preprocess
 from refinedet_cli.core.structures import BatchDetections, Candidates, Detections
 from refinedet_cli.engine.predict import picture_sizes
+from refinedet_cli.engine.stages import stage
 from refinedet_cli.errors import CheckpointError, ConfigError, DeviceError, UsageError
 from refinedet_cli.zoo.checkpoint import EXPORTED_SUFFIXES
 
@@ -344,6 +345,11 @@ class ArtefactPredictor:
         return self.artefact.info.provenance
 
     @property
+    def input_size(self) -> tuple[int, int] | None:
+        """(height, width) of the network's input; the file resizes to it, or this does for a bare network."""
+        return self.config.preprocess.height, self.config.preprocess.width
+
+    @property
     def precision(self) -> str:
         """The number format of the network."""
         return self.artefact.info.precision
@@ -371,10 +377,13 @@ class ArtefactPredictor:
             chosen = [images[i] for i in places]
             # A fixed batch is filled up; what is found in the filling is left.
             filling = (self.artefact.info.batch or 0) - len(chosen)
-            outputs = self.artefact.run(self._input([*chosen, *[chosen[-1]] * filling]))
+            with stage("prepare"):
+                pixels = self._input([*chosen, *[chosen[-1]] * filling])
+            outputs = self.artefact.run(pixels)
             of_these = [sizes[i] for i in places]
-            for place, detections in zip(places, self._finish(outputs, of_these), strict=True):
-                found[place] = detections
+            with stage("post-processing"):
+                for place, detections in zip(places, self._finish(outputs, of_these), strict=True):
+                    found[place] = detections
         return [detections for detections in found if detections is not None]
 
     def _batches(self, sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:

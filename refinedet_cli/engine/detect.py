@@ -9,26 +9,32 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from contextvars import copy_context
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.data.files import make_folder
-from refinedet_cli.data.images import FoundImage
+from refinedet_cli.data.images import FoundImage, Reading
 from refinedet_cli.engine import detect_reading
 from refinedet_cli.engine.detect_classes import select_labels
 from refinedet_cli.engine.detect_copies import ANNOTATED_NAME, CROPS_NAME, Copies, Targets, reason_of
 from refinedet_cli.engine.detect_journal import RunKey
 from refinedet_cli.engine.detect_names import UniqueNames
 from refinedet_cli.engine.detect_outputs import FORMATS
-from refinedet_cli.engine.detect_reading import Decoded, Listed, Pixels, blocks, read_groups
+from refinedet_cli.engine.detect_profile import Profile, make_clock, profile_of
+from refinedet_cli.engine.detect_reading import Decoded, Listed, blocks, read_groups
 from refinedet_cli.engine.detect_store import InMemory, OnDisk, Store, Summary
 from refinedet_cli.engine.distributed import Shard
 from refinedet_cli.engine.predict import AnyPredictor
 from refinedet_cli.engine.results import ClassCount, Origin, PictureRecord, detection_rows, origin_of
+from refinedet_cli.engine.stages import measured_by, no_clock, stage
 from refinedet_cli.errors import DataError
 
 
@@ -53,7 +59,8 @@ class DetectOptions:
         only_classes: names or category ids of the classes that are kept; empty keeps all.
         resume: go on with the run that the output folder holds.
         shard: the part of this process where several share the work; each takes whole blocks of ``batch`` pictures.
-        readers: threads that decode; None fits the machine.
+        readers: threads that decode, and as many that draw; None fits the machine.
+        profile: measure where the time goes.
     """
 
     score: float
@@ -65,6 +72,7 @@ class DetectOptions:
     resume: bool = False
     shard: Shard | None = None
     readers: int | None = None
+    profile: bool = False
 
     def __post_init__(self) -> None:
         if unknown := self.formats - set(FORMATS):
@@ -109,6 +117,7 @@ class DetectResult:
         worked: pictures read, or tried to, by this call.
         resumed: pictures that were there already.
         seconds: from the first picture to the last file.
+        profile: where the time went; None where nobody asked.
     """
 
     summary: Summary
@@ -119,6 +128,7 @@ class DetectResult:
     worked: int
     resumed: int
     seconds: float
+    profile: Profile | None = None
 
     @property
     def pictures(self) -> Sequence[PictureRecord]:
@@ -155,6 +165,9 @@ def detect(
     stopped, in whatever way, goes on. After an interrupt or an error, `detections.json` holds what was found so far,
     marked as incomplete.
 
+    Where no pictures are written, and the detector resizes each as a whole, large JPEGs are decoded reduced, as
+    `read_reduced` does, which the origin records. Boxes and sizes are those of the whole picture.
+
     Args:
         predictor: the detector.
         images: image ids are their places, counted from 1.
@@ -172,12 +185,36 @@ def detect(
         DataError: an output cannot be written.
         PartialError: from another process nothing came for long.
     """
+    clock = make_clock(predictor.device) if options.profile else None
+    with measured_by(clock or no_clock):
+        result = _detect(predictor, images, out, options, on_progress)
+    if clock is None:
+        return result
+    profile = profile_of(
+        clock,
+        seconds=result.seconds,
+        pictures=result.worked,
+        threads=_threads(options, predictor),
+        could_reduce=predictor.input_size is not None and _writes_pictures(out, options),
+    )
+    return replace(result, profile=profile)
+
+
+def _detect(
+    predictor: AnyPredictor,
+    images: Images,
+    out: Path | None,
+    options: DetectOptions,
+    on_progress: Callable[[Progress], None],
+) -> DetectResult:
     start = time.perf_counter()
     classes = predictor.classes
     labels = select_labels(classes, options.only_classes) if options.only_classes else None
     kept = None if labels is None else tuple(classes.names[label - 1] for label in sorted(labels))
-    origin = origin_of(predictor, score_threshold=options.score, only_classes=kept)
     copies = Copies(out, classes, annotated=options.draw, crops=options.crops) if out is not None else None
+    # What is drawn on, or cut, is needed in full.
+    input_size = None if _writes_pictures(out, options) else predictor.input_size
+    origin = origin_of(predictor, score_threshold=options.score, only_classes=kept, reduced=input_size is not None)
     with _open_store(predictor, images, out, origin, options) as store:
         resumed = store.done
         own = range(1, len(images) + 1) if options.shard is None else _own(len(images), options.batch, options.shard)
@@ -191,13 +228,14 @@ def detect(
             total=len(own),
         )
         try:
-            _go_through(run, images, options, store)
+            _go_through(run, images, options, store, threads=_threads(options, predictor), input_size=input_size)
         except BaseException:
             # The pool has finished what it had begun.
             run.settle(held_bytes=0)
             store.stop()
             raise
-        files, summary = store.finish(), store.summary()
+        with stage("outputs"):
+            files, summary = store.finish(), store.summary()
         removed = store.removed
     return DetectResult(
         summary=summary,
@@ -209,6 +247,10 @@ def detect(
         resumed=resumed,
         seconds=time.perf_counter() - start,
     )
+
+
+def _writes_pictures(out: Path | None, options: DetectOptions) -> bool:
+    return out is not None and (options.draw or options.crops)
 
 
 def _open_store(
@@ -229,18 +271,26 @@ def _open_store(
     )
 
 
-def _go_through(run: _Run, images: Images, options: DetectOptions, store: Store) -> None:
-    """Work on all pictures that are this process's and not in the store yet."""
-    readers = options.readers or min(4, os.cpu_count() or 1)
+def _threads(options: DetectOptions, predictor: AnyPredictor) -> int:
+    """Threads that decode, and as many that draw; a network on a GPU is faster, and leaves the processor to them."""
+    most = 4 if predictor.device.type == "cpu" else 8
+    return options.readers or min(most, os.cpu_count() or 1)
+
+
+def _go_through(
+    run: _Run, images: Images, options: DetectOptions, store: Store, *, threads: int, input_size: tuple[int, int] | None
+) -> None:
+    """Work on all pictures that are this process's and not in the store yet; ``input_size`` as for `read_groups`."""
 
     def wanted(block: int, image_ids: Sequence[int]) -> bool:
         own = options.shard is None or options.shard.has(block)
         return own and not all(image_id in store for image_id in image_ids)
 
-    with UniqueNames() as annotated, UniqueNames() as stems, ThreadPoolExecutor(readers) as pool:
+    with UniqueNames() as annotated, UniqueNames() as stems, ThreadPoolExecutor(threads) as pool:
         # All names are given, also those of pictures that are not wanted, so that they are the same in every process.
         numbered = ((i, image, run.targets(image, annotated, stems)) for i, image in enumerate(images, start=1))
-        with closing(read_groups(blocks(numbered, options.batch, wanted), options.batch, readers)) as groups:
+        listed = blocks(numbered, options.batch, wanted)
+        with closing(read_groups(listed, options.batch, threads, input_size=input_size)) as groups:
             for group in groups:
                 run.work(group, pool)
         run.settle(held_bytes=0)
@@ -287,18 +337,20 @@ class _Run:
         """Find the objects in a group of pictures, all of which count, and record those that are not in the store."""
         if all(decoded.listed.image_id in self._store for decoded in group):
             return
-        pictures = [pixels for _, pixels in group if not isinstance(pixels, DataError)]
-        found = iter(self._predictor.predict(pictures) if pictures else [])
+        pictures = [reading.pixels for _, reading in group if isinstance(reading, Reading)]
+        # What the predictor itself tells apart interrupts this stage.
+        with stage("network"):
+            found = iter(self._predictor.predict(pictures) if pictures else [])
         self._store.begin()
-        for listed, pixels in group:
+        for listed, reading in group:
             is_new = listed.image_id not in self._store
-            if isinstance(pixels, DataError):
+            if isinstance(reading, DataError):
                 if is_new:
-                    self._fail(listed, pixels)
+                    self._fail(listed, reading)
             else:
                 detections = self._choose(next(found))
                 if is_new:
-                    self._take(listed, pixels, detections, pool)
+                    self._take(listed, reading, detections, pool)
             if is_new:
                 self._report(listed.image.name)
 
@@ -310,9 +362,13 @@ class _Run:
             if under_way and sum(pending.size for pending in self._pending) <= held_bytes:
                 return
             self._pending.popleft()
-            record = first.record if first.written is None else first.written.result()
+            record = first.record
+            if first.written is not None:
+                with stage("wait for drawing"):
+                    record = first.written.result()
             self._failed += record.problem is not None and first.record.problem is None
-            self._store.append(record)
+            with stage("record"):
+                self._store.append(record)
 
     def _fail(self, listed: Listed, error: DataError) -> None:
         path, name = listed.image.path, listed.image.name
@@ -321,15 +377,17 @@ class _Run:
         self._pending.append(_Pending(record, 0, None))
         self.settle(held_bytes=detect_reading.HELD_BYTES)
 
-    def _take(self, listed: Listed, pixels: Pixels, detections: Detections, pool: ThreadPoolExecutor) -> None:
-        height, width = pixels.shape[:2]
-        rows = tuple(detection_rows(detections, self._predictor.classes))
-        record = PictureRecord(listed.image_id, listed.image.path, listed.image.name, width, height, rows)
+    def _take(self, listed: Listed, reading: Reading, detections: Detections, pool: ThreadPoolExecutor) -> None:
+        (height, width), pixels = reading.size, reading.pixels
+        with stage("record"):
+            rows = tuple(detection_rows(_in_whole(detections, reading), self._predictor.classes))
+            record = PictureRecord(listed.image_id, listed.image.path, listed.image.name, width, height, rows)
         self._objects += len(rows)
         self.settle(held_bytes=detect_reading.HELD_BYTES - pixels.nbytes)
         written = None
         if self._copies is not None and listed.targets != Targets(None, None):
-            written = pool.submit(self._copies.write, record, listed.targets, pixels, detections)
+            write = partial(_write, self._copies, record, listed.targets, pixels, detections)
+            written = pool.submit(copy_context().run, write)
         self._pending.append(_Pending(record, pixels.nbytes if written else 0, written))
         if written is None:
             self.settle(held_bytes=detect_reading.HELD_BYTES)
@@ -337,6 +395,22 @@ class _Run:
     def _report(self, name: str) -> None:
         self.worked += 1
         self._on_progress(Progress(self._done + self.worked, self._total, self._failed, self._objects, name))
+
+
+def _write(
+    copies: Copies, record: PictureRecord, targets: Targets, pixels: NDArray[np.uint8], detections: Detections
+) -> PictureRecord:
+    with stage("draw and write"):
+        return copies.write(record, targets, pixels, detections)
+
+
+def _in_whole(found: Detections, reading: Reading) -> Detections:
+    """Give boxes found in a reduced picture in px-img of the whole one; its last pixels may reach beyond that."""
+    if reading.factor == 1:
+        return found
+    height, width = reading.size
+    whole = torch.tensor([width, height, width, height], dtype=found.boxes.dtype)
+    return Detections((found.boxes * reading.factor).minimum(whole), found.scores, found.labels)
 
 
 def _of_labels(found: Detections, labels: frozenset[int] | None) -> Detections:

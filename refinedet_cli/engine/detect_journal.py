@@ -39,6 +39,7 @@ _OPTIONS = {
     "config_sha256": "detector",
     "score_threshold": "--score",
     "precision": "--precision",
+    "decoder": "pictures are read by",
     "multi_scale": "--multi-scale",
     "tiles": "--tile",
     "only_classes": "--class",
@@ -359,6 +360,9 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         # A file may have changed under its name; other weights often bring another config, which goes without saying.
         yield f"--weights {then['weights']} ({then['sha256'][:8]}) then, {now['weights']} ({now['sha256'][:8]}) now"
         changed -= {"config_sha256", "preset"}
+    if changed & {"annotated", "crops", "multi_scale", "tiles"}:
+        # Whether large JPEGs are reduced follows from these.
+        changed.discard("decoder")
     if changed == {"weights"}:  # Renamed, but the same to the byte.
         return
     if "listing_sha256" in changed and "pictures" not in changed:

@@ -20,6 +20,7 @@ from refinedet_cli.engine.detect_outputs import refuse_strangers, remove_earlier
 from refinedet_cli.engine.detect_shards import wait_for_all
 from refinedet_cli.engine.distributed import Shard
 from refinedet_cli.engine.results import RESULTS_NAME, ClassTally, PictureRecord, write_records
+from refinedet_cli.engine.stages import stage
 from refinedet_cli.errors import UsageError
 
 # Pictures, and failures, that a result lists, and objects in these pictures together; the files list all.
@@ -224,7 +225,8 @@ class OnDisk:
         if self._shard is not None:
             if self._shard.rank:
                 return []
-            wait_for_all(self._journal, self._shard, self._batch)
+            with stage("wait for processes"):
+                wait_for_all(self._journal, self._shard, self._batch)
         if self._journal.in_parts:
             self._journal.merge()
         written = write_outputs(self._out, self._journal, self._classes, self._origin, self._outputs, complete=True)

@@ -26,6 +26,7 @@ from refinedet_cli.core.structures import Detections
 from refinedet_cli.core.words import counted
 from refinedet_cli.engine.device import Precision
 from refinedet_cli.engine.predict import AnyPredictor, Predictor, picture_sizes
+from refinedet_cli.engine.stages import stage
 from refinedet_cli.errors import ConfigError
 from refinedet_cli.zoo.checkpoint import LoadedDetector
 
@@ -52,6 +53,10 @@ class MultiScalePredictor(Predictor):
         super().__init__(loaded, device=device, precision=precision)
         self.schedule: ScaleSchedule = schedule
 
+    @property
+    def input_size(self) -> None:
+        """None: the larger passes need all pixels."""
+
     def predict(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         """Find the objects in a batch of pictures, which may differ in size.
 
@@ -66,7 +71,8 @@ class MultiScalePredictor(Predictor):
             ValueError: a picture is not uint8[H, W, 3].
         """
         looks = self._look(images, picture_sizes(images))
-        return [pool(of_picture, self.schedule, self.config.postprocess) for of_picture in looks]
+        with stage("post-processing"):
+            return [pool(of_picture, self.schedule, self.config.postprocess) for of_picture in looks]
 
     def _look(self, images: Sequence[NDArray[np.uint8]], sizes: Sequence[tuple[int, int]]) -> list[list[Detections]]:
         """Collect for each picture what its passes found, in their order."""

@@ -148,11 +148,15 @@ class Predictor:
 
     def _find(self, inputs: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Detections]:
         """Run the network, decode and suppress; ``sizes`` are the heights and widths of the pictures, px-img."""
+        found: list[Detections] = []
         with torch.inference_mode(), _exact_convolutions():
-            with stage("network"):
-                raw = self._network(inputs)
-            with stage("post-processing"):
-                return to_detections(suppress(self.loaded.detector.decoder(raw), self.config.postprocess), sizes)
+            for part in self._network.parts(inputs):
+                with stage("network"):
+                    raw = self._network(part)
+                with stage("post-processing"):
+                    best = suppress(self.loaded.detector.decoder(raw), self.config.postprocess)
+                    found += to_detections(best, sizes[len(found) : len(found) + len(part)])
+        return found
 
 
 def picture_sizes(images: Sequence[NDArray[np.uint8]]) -> list[tuple[int, int]]:

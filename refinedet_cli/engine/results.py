@@ -30,6 +30,7 @@ from refinedet_cli.zoo.checkpoint import file_sha256
 
 RESULTS_NAME = "detections.json"
 
+_REDUCED = "large JPEGs reduced"
 _BOX_DECIMALS = 3
 _SCORE_DECIMALS = 6
 # No picture is as large; beyond it, areas would overflow.
@@ -46,7 +47,7 @@ class Origin:
         preset: what the detector was built from.
         engine: the library that computed it, with its version.
         precision: of the network, such as "fp32".
-        decoder: what turned files into pixels.
+        decoder: what turned files into pixels, and whether in full.
         score_threshold: detections below it were left out.
         multi_scale: the passes over each picture and their voting; None where it was looked at once.
         tiles: how larger pictures were cut; None where they were not.
@@ -141,16 +142,20 @@ class ClassCount:
 
 
 def origin_of(
-    predictor: AnyPredictor, *, score_threshold: float, only_classes: tuple[str, ...] | None = None
+    predictor: AnyPredictor,
+    *,
+    score_threshold: float,
+    only_classes: tuple[str, ...] | None = None,
+    reduced: bool = False,
 ) -> Origin:
-    """Describe a detector as it is used, hashing its weights file."""
+    """Describe a detector as it is used, hashing its weights file; ``reduced`` tells that large JPEGs are."""
     return Origin(
         weights=predictor.path.name,
         sha256=file_sha256(predictor.path),
         preset=predictor.config.preset,
         engine=predictor.engine,
         precision=predictor.precision,
-        decoder=f"Pillow {PIL.__version__}, full size",
+        decoder=f"Pillow {PIL.__version__}, {_REDUCED if reduced else 'full size'}",
         score_threshold=score_threshold,
         multi_scale=predictor.schedule,
         tiles=tiling_of(predictor),
@@ -447,6 +452,8 @@ def _notes(info: Mapping[str, Any], path: Path) -> tuple[str, ...]:
         notes.append(f"{path} is of a run that was stopped before its end")
     if isinstance(failures := info.get("failures"), list) and failures:
         notes.append(f"{path} is of a run in which {len(failures):,} pictures failed")
+    if str(info.get("decoder", "")).endswith(_REDUCED):
+        notes.append(f"{path} is of a run that read large JPEGs at reduced size, so scores differ a little from eval's")
     return tuple(notes)
 
 

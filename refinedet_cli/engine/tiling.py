@@ -18,6 +18,7 @@ from refinedet_cli.core.structures import Detections
 from refinedet_cli.core.tiling import Tiling, merge, moved
 from refinedet_cli.core.words import counted
 from refinedet_cli.engine.predict import AnyPredictor, default_batch, picture_sizes
+from refinedet_cli.engine.stages import stage
 from refinedet_cli.errors import UsageError
 
 # A look at a larger window than this is one at a reduced copy: resizing takes 24 bytes a pixel.
@@ -110,6 +111,10 @@ class TiledPredictor:
         """The passes over each tile; None where it is looked at once."""
         return self.inner.schedule
 
+    @property
+    def input_size(self) -> None:
+        """None: tiles are cut from the picture as large as it is."""
+
     def predict(self, images: Sequence[Pixels]) -> list[Detections]:
         """Find the objects in pictures of any sizes.
 
@@ -135,7 +140,8 @@ class TiledPredictor:
                 found[look.picture].append(moved(detections, look.window, look.factor))
                 windows[look.picture].append(look.window)
         iou = self.config.postprocess.nms_iou
-        return [merge(*of_picture, iou) for of_picture in zip(found, windows, sizes, strict=True)]
+        with stage("post-processing"):
+            return [merge(*of_picture, iou) for of_picture in zip(found, windows, sizes, strict=True)]
 
     def _looks(self, images: Sequence[Pixels], sizes: Sequence[tuple[int, int]]) -> Iterator[_Look]:
         for i, (image, size) in enumerate(zip(images, sizes, strict=True)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -34,10 +35,10 @@ def weights(tmp_path_factory, save_random) -> Path:
 
 @pytest.fixture
 def detect(run, weights):
-    """Call ``refinedet detect`` with the seeded detector."""
+    """Call ``refinedet detect`` with the seeded detector, in fp32 whatever the machine can."""
 
     def call(*args: object):
-        return run("detect", *args, "--weights", weights, "--device", "cpu", "--score", SCORE)
+        return run("detect", *args, "--weights", weights, "--device", "cpu", "--precision", "fp32", "--score", SCORE)
 
     return call
 
@@ -453,6 +454,46 @@ def test_a_score_below_the_detectors_own_is_remarked_on(run, weights, photos):
     assert "keeps nothing" not in run(*args, "--quiet").stderr
 
 
+def test_the_profile_is_a_table_and_in_the_document(detect, photos, tmp_path):
+    code, stdout, _ = detect(photos, "--out", tmp_path / "out", "--profile")
+    assert code == 0
+    table = stdout[stdout.index("Where the time went") :]
+    for word in ("Stage", "Seconds", "Share", "ms/picture", "read", "network", "record", "outputs", "draw and write"):
+        assert word in table
+    assert re.search(r" is the bottleneck: \d+% of the time", table.splitlines()[-1])
+
+    document = detect(photos, "--profile", "--json").document()
+    profile = document["profile"]
+    assert profile["pictures"] == 3
+    assert profile["seconds"] == pytest.approx(document["seconds"], abs=1e-3)
+    assert sum(row["seconds"] for row in profile["in_turn"]) == pytest.approx(profile["seconds"], abs=1e-4)
+    assert profile["bottleneck"] in {row["stage"] for row in profile["in_turn"]}
+    assert {row["stage"] for row in profile["beside"]} == {"read", "draw and write"}
+    for row in profile["in_turn"] + profile["beside"]:
+        assert list(row) == ["stage", "threads", "seconds", "share", "ms_per_picture"]
+    assert " is the bottleneck: " in profile["verdict"]
+
+
+def test_without_profile_there_is_none(detect, photos):
+    code, stdout, _ = detect(photos)
+    assert code == 0
+    assert "Where the time went" not in stdout
+    assert "bottleneck" not in stdout
+    assert detect(photos, "--json").document()["profile"] is None
+
+
+def test_large_jpegs_are_read_reduced_and_it_is_said(detect, tmp_path):
+    path = tmp_path / "photos" / "large.jpg"
+    path.parent.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)).save(path)
+    document = detect(path, "--json").document()
+    assert document["origin"]["decoder"].endswith("large JPEGs reduced")
+    (picture,) = document["pictures"]
+    assert (picture["width"], picture["height"]) == (800, 600)
+    drawn = detect(path, "--json", "--out", tmp_path / "out").document()
+    assert drawn["origin"]["decoder"].endswith("full size")
+
+
 def test_names_that_no_font_can_write_are_warned_about(run, photos, tmp_path, monkeypatch, save_random):
     monkeypatch.setattr(draw, "_WIDE_FONTS", ())
     draw._font_file.cache_clear()
@@ -487,5 +528,6 @@ def test_help_explains_with_examples(run):
         "--precision",
         "--batch",
         "--json",
+        "--profile",
     ):
         assert option in stdout

@@ -78,6 +78,7 @@ def test_a_damaged_video_is_partly_done(run, video, weights):
     [
         (("picture.jpg",), "run of their own"),
         (("--class", "cat"), "--class is for pictures"),
+        (("--profile",), "--profile is for pictures"),
         (("--tile-overlap", "0.3"), "--tile-overlap"),
     ],
 )

@@ -227,13 +227,16 @@ def test_only_bad_files(predictor, tmp_path):
     assert document(tmp_path / "out")["images"] == []
 
 
-def test_a_bug_in_reading_is_not_taken_for_a_bad_file(predictor, photos, monkeypatch):
-    def broken(path: Path) -> None:
+def test_a_bug_in_reading_is_not_taken_for_a_bad_file(predictor, photos, tmp_path, monkeypatch):
+    def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(reading, "read_image", broken)
+    monkeypatch.setattr(reading, "read_reduced", broken)
     with pytest.raises(ZeroDivisionError):
         go(predictor, find_images([str(photos)]))
+    monkeypatch.setattr(reading, "read_image", broken)
+    with pytest.raises(ZeroDivisionError):
+        go(predictor, find_images([str(photos)]), tmp_path / "out")
 
 
 def test_a_copy_that_cannot_be_written_is_a_failure_and_the_result_stays(predictor, photos, tmp_path):

@@ -34,6 +34,7 @@ class Fake:
     precision = "fp32"
     engine = "fake 1"
     schedule = None
+    input_size = (64, 64)
 
     def __init__(self, path: Path) -> None:
         path.write_bytes(b"weights")
@@ -221,6 +222,8 @@ def change(what: str, predictor: Fake, photos: Path) -> dict:
             predictor.config,
             postprocess=replace(predictor.config.postprocess, keep=predictor.config.postprocess.keep - 1),
         )
+    elif what == "reading":
+        predictor.input_size = None
     elif what == "one more":
         shutil.copy(photos / "a.png", photos / "z.png")
     elif what == "renamed":
@@ -242,8 +245,10 @@ def change(what: str, predictor: Fake, photos: Path) -> dict:
         ("one more", "number of pictures 7 then, 8 now"),
         ("renamed", "other pictures, as many as then"),
         ("score", r"--score 0\.3 then, 0\.5 now"),
-        ("draw", "drawing off then, on now"),
-        ("crops", "--crops off then, on now"),
+        # That JPEGs are then read in full goes without saying.
+        ("draw", "settings: drawing off then, on now$"),
+        ("crops", "settings: --crops off then, on now$"),
+        ("reading", "pictures are read by Pillow .*, large JPEGs reduced then, Pillow .*, full size now"),
         ("class", "--class none then, cat now"),
     ],
 )
