@@ -14,7 +14,8 @@ def load_torch_for_company() -> None:
     """Load torch such that its threads go well with others, those that decode and draw, or those of other programs.
 
     By default a thread of GNU OpenMP that waits for its fellows keeps its core busy for milliseconds. On a core that
-    is shared it so holds up the very threads that it waits for. Nothing is changed where torch is loaded already, or the environment says how threads wait.
+    is shared it so holds up the very threads that it waits for. Nothing is changed where torch is loaded already, or
+    the environment says how threads wait.
     """
     if "torch" in sys.modules or any(name in os.environ for name in _WAITING):
         return
