@@ -152,6 +152,7 @@ class NetworkConfig:
         arm: predict objectness and a first box refinement (off: one-step regression, no negative filtering).
         tcb: carry features from coarse to fine levels (off: the detection heads read the backbone's maps).
         head_blocks: put a residual block of its own in front of every head (official ResNet networks).
+        odm_reads_arm: tell the ODM how the ARM has judged and moved each anchor, if there is one (not in the paper).
         stride_in: the convolution of a ResNet bottleneck that halves the resolution; "1x1" is the official code's,
             "3x3" torchvision's.
         stem_pool: the first pooling of a ResNet; "ceil" is the official code's, "padded" torchvision's.
@@ -167,6 +168,7 @@ class NetworkConfig:
     arm: bool = True
     tcb: bool = True
     head_blocks: bool = False
+    odm_reads_arm: bool = False
     stride_in: Literal["1x1", "3x3"] = "3x3"
     stem_pool: Literal["padded", "ceil"] = "padded"
     fc6_dilation: int = 3
@@ -367,7 +369,7 @@ def _check_pyramid(config: DetectorConfig) -> None:
 
 
 def _check_ssd(config: DetectorConfig) -> None:
-    for name in ("arm", "tcb", "head_blocks"):
+    for name in ("arm", "tcb", "head_blocks", "odm_reads_arm"):
         _require(not getattr(config.network, name), f"network.{name} must be false: an SSD has none")
     if config.network.backbone != SSD_VGG:
         _check_pyramid(config)
@@ -387,7 +389,7 @@ def _check_ssd(config: DetectorConfig) -> None:
 def _check_yolo(config: DetectorConfig) -> None:
     _require(config.network.backbone != SSD_VGG, f"network.backbone {SSD_VGG} is for the family ssd alone")
     _check_sides(config)
-    for name in ("arm", "tcb", "head_blocks"):
+    for name in ("arm", "tcb", "head_blocks", "odm_reads_arm"):
         _require(not getattr(config.network, name), f"network.{name} must be false: a YOLO has none")
     # Said rather than ignored, whatever it was meant to change.
     for field in dataclasses.fields(NetworkConfig):

@@ -179,3 +179,26 @@ class AnchorHead(nn.Module):
         ]
         logits, offsets = torch.cat(flat, dim=1).split([self.classes, 4], dim=-1)
         return logits, offsets
+
+
+class ArmReader(nn.Module):
+    """Tell the ODM how the ARM has judged and moved each anchor: a linear map, the same for all anchors.
+
+    The ODM's features belong to the cell of an anchor and do not show where the ARM has moved it; the way that is left
+    from there to the object has to be guessed without. Not in the paper. It starts as 0, which changes nothing, and no
+    gradient flows into the ARM.
+    """
+
+    # A weight that starts as 0 takes Adam as many steps as the rate goes into it; this many times fewer.
+    _PACE = 10.0
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.weight = nn.Parameter(torch.zeros(classes + 4, 2 + 4))
+
+    def forward(self, arm_logits: Tensor, arm_offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Map float[B, A, 2] and float[B, A, 4] to what is added to the ODM's, float[B, A, classes] and [B, A, 4]."""
+        outputs = torch.cat([arm_logits, arm_offsets], dim=-1).detach()
+        logits, offsets = functional.linear(outputs, self._PACE * self.weight).split([self.classes, 4], dim=-1)
+        return logits, offsets

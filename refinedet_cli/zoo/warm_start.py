@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from refinedet_cli.core.config import DetectorConfig
 from refinedet_cli.core.detector import Detector
-from refinedet_cli.core.layers import AnchorHead
+from refinedet_cli.core.layers import AnchorHead, ArmReader
 from refinedet_cli.errors import CheckpointError
 from refinedet_cli.zoo.torch_file import UnreadableFileError, load_torch_file
 
@@ -159,6 +159,8 @@ def _heads(detector: Detector) -> dict[str, _Head]:
             # The ARM tells objects from background, whatever the classes.
             labels, rest = (0, module.classes + 4) if name == "arm" else (module.classes, 4)
             heads |= {f"{name}.levels.{i}": _Head(i, labels, 0, rest) for i in range(len(module.levels))}
+        elif isinstance(module, ArmReader):  # one map for all anchors
+            heads[name] = _Head(None, module.classes, 0, 4)
         elif name == "classes" and isinstance(module, nn.Conv2d):  # of a grid, which has no anchors
             heads[name] = _Head(None, module.out_channels, 1, 0)
     return heads

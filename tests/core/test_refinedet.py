@@ -614,3 +614,40 @@ def test_pictures_of_a_batch_do_not_touch_each_other():
         alone = suppress(decoder(RawOutput(*(t[i : i + 1] for t in raw[:4]), (64, 64))), config.postprocess)
         for found, expected in zip(together, alone, strict=True):
             assert_close(found[i : i + 1], expected, rtol=0, atol=0)
+
+
+# What the ODM reads.
+
+
+def reading(*, reads: bool) -> RefineDet:
+    config = tiny(TWO).detector
+    return seeded(replace(config, network=replace(config.network, odm_reads_arm=reads))).eval()
+
+
+def test_an_odm_that_reads_begins_as_one_that_does_not():
+    images = images_of(2, 3, 64, 64)
+    with torch.no_grad():
+        for mine, other in zip(reading(reads=True)(images)[:4], reading(reads=False)(images)[:4], strict=True):
+            assert_close(mine, other, rtol=0, atol=0)
+
+
+def test_the_odm_hears_of_each_anchor_what_its_arm_said_and_the_arm_learns_nothing_from_it():
+    network, plain, images = reading(reads=True), reading(reads=False), images_of(1, 3, 64, 64)
+    assert network.arm_reader is not None
+    nn.init.normal_(network.arm_reader.weight, std=10.0, generator=torch.Generator().manual_seed(4))
+    raw, before = network(images), plain(images)
+    said = torch.cat([raw.arm_logits, raw.arm_offsets], dim=-1)
+    told = 10 * said @ network.arm_reader.weight.T
+    assert float(told.detach().abs().max()) > 0.05
+    assert_close(raw.odm_logits, before.odm_logits + told[..., :3], rtol=1e-5, atol=1e-5)
+    assert_close(raw.odm_offsets, before.odm_offsets + told[..., 3:], rtol=1e-5, atol=1e-5)
+    (raw.odm_logits.square().sum() + raw.odm_offsets.square().sum()).backward()
+    assert network.arm is not None
+    assert all(parameter.grad is None for parameter in network.arm.parameters())
+    assert bool(network.arm_reader.weight.grad.abs().sum() > 0)
+
+
+def test_without_an_arm_there_is_nothing_to_read():
+    config = tiny(TWO).detector
+    network = RefineDet(replace(config, network=replace(config.network, odm_reads_arm=True, arm=False)))
+    assert network.arm_reader is None

@@ -163,6 +163,25 @@ def test_anchors_of_the_same_number_but_another_order_follow_their_shapes():
         assert torch.equal(new[name].unflatten(0, (3, -1)), old[name].unflatten(0, (3, -1)).flip(0))
 
 
+def reading(classes: int) -> DetectorConfig:
+    config = config_of(classes)
+    return replace(config, network=replace(config.network, odm_reads_arm=True))
+
+
+def test_what_the_odm_reads_follows_its_classes():
+    old, new = detector_of(reading(20), seed=1), detector_of(reading(3), seed=2)
+    weight = "arm_reader.weight"
+    old.network.state_dict()[weight].normal_(generator=torch.Generator().manual_seed(3))
+    taken = copy_detector(new, old, {2: 15})
+    before, after = old.network.state_dict()[weight], new.network.state_dict()[weight]
+    assert weight in taken.remapped
+    assert torch.equal(after[[0, 2, 4, 5, 6, 7]], before[[0, 15, 21, 22, 23, 24]])
+    assert not after[[1, 3]].any()
+    # A detector that did not read begins to, from nothing.
+    taken = copy_detector(new, TWENTY, {2: 15})
+    assert weight in taken.fresh
+
+
 def test_an_anchor_that_holds_several_takes_the_one_of_its_form():
     # All three have half of the area, and IoU cannot tell them apart.
     others = ((10.0, 20.0), (20.0, 10.0), (200**0.5, 200**0.5))
