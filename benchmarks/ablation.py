@@ -75,6 +75,9 @@ MODULES: Mapping[str, Variant] = {
     "ssd": Variant("SSD", "ssd320_mobilenetv2"),
     "yolo": Variant("YOLO", "yolo320_mobilenetv2"),
 }
+_ODM_07 = ("loss.odm_positive_iou=0.7", "loss.odm_negative_iou=0.7")
+_READS = "network.odm_reads_arm=true"
+_GIOU = ("loss.odm_box=giou", "loss.odm_box_weight=2")
 RECIPE: Mapping[str, Variant] = {
     "default": Variant("the default recipe"),
     "paper": Variant("the paper's: SGD, no normalisation in the TCB", settings=_PAPER_RECIPE),
@@ -82,10 +85,13 @@ RECIPE: Mapping[str, Variant] = {
     "arm-0.7-0.3": Variant("ARM matches above 0.7, negatives below 0.3", settings=(
         "loss.arm_positive_iou=0.7", "loss.arm_negative_iou=0.3",
     )),
-    "giou": Variant("GIoU for the ODM's boxes", settings=("loss.odm_box=giou", "loss.odm_box_weight=2")),
-    "cascade": Variant("GIoU whose gradient reaches the ARM", settings=(
-        "loss.odm_box=giou", "loss.odm_box_weight=2", "loss.cascade_gradient=true",
-    )),
+    "odm-0.6": Variant("ODM matches above 0.6", settings=("loss.odm_positive_iou=0.6", "loss.odm_negative_iou=0.6")),
+    "odm-0.7": Variant("ODM matches above 0.7", settings=_ODM_07),
+    "reads": Variant("the ODM reads the ARM", settings=(_READS,)),
+    "odm-0.7-reads": Variant("ODM matches above 0.7 and reads the ARM", settings=(*_ODM_07, _READS)),
+    "odm-0.7-reads-giou": Variant("the same, GIoU for its boxes", settings=(*_ODM_07, _READS, *_GIOU)),
+    "giou": Variant("GIoU for the ODM's boxes", settings=_GIOU),
+    "cascade": Variant("GIoU whose gradient reaches the ARM", settings=(*_GIOU, "loss.cascade_gradient=true")),
     "quality": Variant("class targets by IoU", settings=("loss.quality=0.5",)),
     "mosaic": Variant("mosaic", settings=("train.augment.mosaic_probability=0.5",)),
     "batch-8": Variant("a third of the batch, three times the steps", settings=("train.batch=8",)),
