@@ -60,24 +60,24 @@ class Variant(NamedTuple):
     settings: tuple[str, ...] = ()
 
 
+_ODM_05 = ("loss.odm_positive_iou=0.5", "loss.odm_negative_iou=0.5")
+_BLIND = "network.odm_reads_arm=false"
 _NO_FILTER = ("loss.arm_filter=0", "postprocess.arm_filter=0")
+# Anchors that are not refined hardly ever overlap an object by 0.7.
+_NO_CASCADE = (*_NO_FILTER, "network.arm=false", *_ODM_05)
+_GIOU = ("loss.odm_box=giou", "loss.odm_box_weight=2")
 _PAPER_RECIPE = (
     "network.tcb_norm=none", "train.optimizer=sgd", "train.lr=0.001", "train.bias_lr=2", "train.backbone_lr=1",
-    "train.weight_decay=0.0005", "train.augment.expand_max=4",
+    "train.weight_decay=0.0005", "train.augment.expand_max=4", *_ODM_05, _BLIND,
 )  # fmt: skip
 MODULES: Mapping[str, Variant] = {
     "refinedet": Variant("RefineDet"),
     "no-filter": Variant("without negative anchor filtering", settings=_NO_FILTER),
-    "no-cascade": Variant("and without two-step regression", settings=(*_NO_FILTER, "network.arm=false")),
-    "no-tcb": Variant(
-        "and without transfer connections", settings=(*_NO_FILTER, "network.arm=false", "network.tcb=false")
-    ),
+    "no-cascade": Variant("and without two-step regression", settings=_NO_CASCADE),
+    "no-tcb": Variant("and without transfer connections", settings=(*_NO_CASCADE, "network.tcb=false")),
     "ssd": Variant("SSD", "ssd320_mobilenetv2"),
     "yolo": Variant("YOLO", "yolo320_mobilenetv2"),
 }
-_ODM_07 = ("loss.odm_positive_iou=0.7", "loss.odm_negative_iou=0.7")
-_READS = "network.odm_reads_arm=true"
-_GIOU = ("loss.odm_box=giou", "loss.odm_box_weight=2")
 RECIPE: Mapping[str, Variant] = {
     "default": Variant("the default recipe"),
     "paper": Variant("the paper's: SGD, no normalisation in the TCB", settings=_PAPER_RECIPE),
@@ -85,11 +85,10 @@ RECIPE: Mapping[str, Variant] = {
     "arm-0.7-0.3": Variant("ARM matches above 0.7, negatives below 0.3", settings=(
         "loss.arm_positive_iou=0.7", "loss.arm_negative_iou=0.3",
     )),
+    "odm-0.5": Variant("ODM matches above 0.5, as in the paper", settings=_ODM_05),
     "odm-0.6": Variant("ODM matches above 0.6", settings=("loss.odm_positive_iou=0.6", "loss.odm_negative_iou=0.6")),
-    "odm-0.7": Variant("ODM matches above 0.7", settings=_ODM_07),
-    "reads": Variant("the ODM reads the ARM", settings=(_READS,)),
-    "odm-0.7-reads": Variant("ODM matches above 0.7 and reads the ARM", settings=(*_ODM_07, _READS)),
-    "odm-0.7-reads-giou": Variant("the same, GIoU for its boxes", settings=(*_ODM_07, _READS, *_GIOU)),
+    "blind": Variant("the ODM does not read the ARM, as in the paper", settings=(_BLIND,)),
+    "odm-0.5-blind": Variant("both as in the paper", settings=(*_ODM_05, _BLIND)),
     "giou": Variant("GIoU for the ODM's boxes", settings=_GIOU),
     "cascade": Variant("GIoU whose gradient reaches the ARM", settings=(*_GIOU, "loss.cascade_gradient=true")),
     "quality": Variant("class targets by IoU", settings=("loss.quality=0.5",)),

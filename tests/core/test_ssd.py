@@ -276,9 +276,14 @@ def test_the_comparison_is_fair():
         plain.detector,
         family="refinedet",
         preset=refined.detector.preset,
-        network=replace(plain.detector.network, arm=True, tcb=True),
+        network=replace(plain.detector.network, arm=True, tcb=True, odm_reads_arm=True),
+        # What is matched is another thing: anchors there, refined anchors here.
+        loss=refined.detector.loss,
     )
     assert same == refined.detector
+    paper = LossConfig()
+    assert plain.detector.loss == paper
+    assert refined.detector.loss == replace(paper, odm_positive_iou=0.7, odm_negative_iou=0.7)
     count = sum(p.numel() for p in on_meta(plain.detector).parameters())
     assert count < sum(p.numel() for p in on_meta(refined.detector).parameters())
 
