@@ -45,9 +45,12 @@ class FusedNetwork(nn.Module):
         bf16: compute in bfloat16, and so return it; else in float32. Where torch has no fused operators for it, and for
             a network that torch cannot trace, this is autocast.
         input_size: height and width of the usual input; others are computed alike, and a little slower.
+        fuse: whether layers may become one, and so round differently.
     """
 
-    def __init__(self, network: nn.Module, *, device: torch.device, bf16: bool, input_size: tuple[int, int]) -> None:
+    def __init__(
+        self, network: nn.Module, *, device: torch.device, bf16: bool, input_size: tuple[int, int], fuse: bool = True
+    ) -> None:
         super().__init__()
         # Frozen first: the copy of a parameter that learns would need a gradient again.
         own = copy.deepcopy(network).eval().requires_grad_(False).to(device=device)
@@ -55,7 +58,7 @@ class FusedNetwork(nn.Module):
         dtype = torch.bfloat16 if bf16 else torch.float32
         fuses = device.type == "cpu" and _has_fused_convolution(dtype)
         # A folded bias is as large as what it is to be subtracted from: in bf16 it would cost accuracy.
-        traced = _trace(own) if fuses or not bf16 else None
+        traced = _trace(own) if fuse and (fuses or not bf16) else None
         if traced is not None:
             _fold_normalisation(traced)
             if fuses:

@@ -41,7 +41,7 @@ from refinedet_cli.engine.artefact import (
 )
 from refinedet_cli.engine.evaluate import EvaluationProgress, collect, score_coco, with_postprocess
 from refinedet_cli.engine.export_formats import quantise, write_onnx, write_openvino, write_torch_export
-from refinedet_cli.engine.predict import AnyPredictor, Predictor
+from refinedet_cli.engine.predict import AnyPredictor, ReferencePredictor
 from refinedet_cli.engine.proof import TOLERANCES, Accuracy, Proof, compare, judge
 from refinedet_cli.engine.sidecar import SIDECAR_SUFFIX, GoldenPictures, Picture, sidecar_text, versions
 from refinedet_cli.errors import ConfigError, DataError, UsageError
@@ -139,7 +139,7 @@ def export(
             _write(loaded, path, info, options)
         candidate = ArtefactPredictor(open_artefact(path, trusted=True), _CPU)
         # Anew, because the one that was exported may have been rounded.
-        reference = Predictor(_load(weights, options), device=_CPU, precision="fp32")
+        reference = ReferencePredictor(_load(weights, options), device=_CPU, precision="fp32")
         busiest = GoldenPictures(TOLERANCES[options.precision].above)
         proof = prove(reference, candidate, _pictures(options.pictures), options.dataset, on_progress, busiest)
         if not proof.holds:

@@ -81,6 +81,7 @@ class Predictor:
 
     schedule: ScaleSchedule | None = None
     engine = f"torch {torch.__version__}"
+    _fuses = True
 
     def __init__(self, loaded: LoadedDetector, *, device: torch.device, precision: Precision) -> None:
         self.loaded = loaded
@@ -88,7 +89,11 @@ class Predictor:
         self.precision: Precision = precision
         size = loaded.config.preprocess
         self._network = FusedNetwork(
-            loaded.detector.network, device=device, bf16=precision == "bf16", input_size=(size.height, size.width)
+            loaded.detector.network,
+            device=device,
+            bf16=precision == "bf16",
+            input_size=(size.height, size.width),
+            fuse=self._fuses,
         )
 
     @property
@@ -157,6 +162,12 @@ class Predictor:
                     best = suppress(self.loaded.detector.decoder(raw), self.config.postprocess)
                     found += to_detections(best, sizes[len(found) : len(found) + len(part)])
         return found
+
+
+class ReferencePredictor(Predictor):
+    """A predictor that computes layer by layer, as training does: what others are compared with."""
+
+    _fuses = False
 
 
 def picture_sizes(images: Sequence[NDArray[np.uint8]]) -> list[tuple[int, int]]:

@@ -59,6 +59,7 @@ def test_eval_detects_the_same_as_detect(run, data, weights):
     assert code == 0
     assert NOTE in " ".join(stderr.split())
     assert json.loads(stdout)["origin"]["tiles"]["size"] == 64
+    options = (*options, "--precision", "fp32")
     assert run("detect", data / "large.png", "--score", "0", "--out", data / "out", "--no-draw", *options).code == 0
     boxes = [
         sorted(
