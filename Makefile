@@ -8,8 +8,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CODE := refinedet_cli tests examples benchmarks
-# Has a process of its own: OpenVINO, torchvision's detectors and ours go through much of it.
-SPEED := tests/benchmarks/test_speed.py
 
 .PHONY: test check fix demo clean
 
@@ -21,8 +19,7 @@ check:
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --ignore $(SPEED)
-	$(BIN)/pytest $(SPEED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 fix: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -48,7 +48,7 @@ from refinedet_cli.core.detector import Detector
 from refinedet_cli.core.postprocess import suppress
 from refinedet_cli.core.preprocess import preprocess
 from refinedet_cli.data.images import FoundImage, read_image, read_reduced
-from refinedet_cli.engine.artefact import import_openvino
+from refinedet_cli.engine.artefact import import_openvino, openvino_core
 from refinedet_cli.engine.detect import DetectOptions, detect
 from refinedet_cli.engine.device import Precision, select_precision
 from refinedet_cli.engine.predict import default_batch
@@ -182,7 +182,7 @@ def openvino_networks(
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
         }
-        request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
+        request = openvino_core().compile_model(model, "CPU", hints).create_infer_request()
 
         def run(pixels: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
             # Without copies on the way in and out, which is the fastest that its Python interface has.

@@ -9,7 +9,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
@@ -188,11 +188,10 @@ def _open_onnx(path: Path, device: torch.device | None) -> Artefact:
 
 
 def _open_openvino(path: Path) -> Artefact:
-    openvino = import_openvino()
+    openvino, core = import_openvino(), openvino_core()
     # Without the hint, computers that can would compute all of it in bf16, the resize included.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     try:
-        core = openvino.Core()
         model = core.read_model(path)
         text = model.get_rt_info([METADATA_KEY]).astype(str) if METADATA_KEY in model.rt_info else None
         compiled = core.compile_model(model, "CPU", settings)
@@ -265,6 +264,20 @@ def import_openvino() -> ModuleType:
     """
     with _absent("openvino_telemetry"):
         return _import("openvino")
+
+
+@cache
+def openvino_core() -> Any:
+    """Get the one `openvino.Core` of this process, which stays until it ends.
+
+    Each core's CPU plugin gives the thread a stack for signal handlers and, when it goes, puts back the one it found.
+    Of two that go in the order they came, the second puts back the stack that the first freed: the next signal that
+    Python handles (Ctrl-C, the end of a loader's worker) ends the process with a segmentation fault.
+
+    Raises:
+        UsageError: OpenVINO is not installed.
+    """
+    return import_openvino().Core()
 
 
 @contextlib.contextmanager

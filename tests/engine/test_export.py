@@ -755,6 +755,26 @@ def test_engines_open_no_connection_and_write_nowhere_else(onnx_file, tmp_path):
     assert [path for path in scratch.rglob("*") if path.is_file()] == []
 
 
+SIGNALLED = """
+import signal
+import sys
+from pathlib import Path
+from refinedet_cli.engine.artefact import open_artefact
+
+first, second = (open_artefact(Path(sys.argv[1])) for _ in range(2))
+del first
+del second
+signal.signal(signal.SIGTERM, lambda number, frame: print("handled"))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_signals_are_handled_after_several_files_came_and_went(openvino_file):
+    command = [sys.executable, "-c", SIGNALLED, openvino_file]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "handled\n", "")
+
+
 def test_a_description_replaces_the_old_one(exported):
     model = small_model("a")
     for precision in ("fp32", "int8"):
