@@ -7,8 +7,8 @@ Usage: python benchmarks/ablation.py --table modules --train bccd/train.json --v
 Every variant is `refinedet train` with the same data, steps, batch and start, and settings of its own; its last
 averaged weights are scored on the test data. --start is an ImageNet backbone, or a detector ("bundled" or a file) of
 which each variant takes what fits. The table tells each variant's AP50 and AP, mean over seeds and each seed, and the
-difference to the first row with a 95 % interval over pictures, drawn together for all seeds. curve.png shows AP50 on
-the validation data over pictures seen.
+difference to the first row with a 95 % interval over pictures, drawn together for all seeds. A second table and
+curve.png follow AP on the validation data over the pictures seen, and say where rows cross the first.
 
 Finished runs are kept, an interrupted one goes on where it was: call again with the same options. --report only makes
 the table of what is finished. Every run needs what one training needs; seven rows with three seeds at 480 steps of 24
@@ -113,12 +113,18 @@ class Run(NamedTuple):
         return (self.folder / "test" / "metrics.json").is_file()
 
 
-class Point(NamedTuple):
-    """One evaluation on the validation data."""
+class Curve(NamedTuple):
+    """The evaluations of a variant on the validation data.
 
-    step: int
-    ap: float
-    ap50: float
+    Attributes:
+        title: of the variant.
+        seen: int64[points], pictures.
+        scores: float64[seeds, points, 2], AP and AP50.
+    """
+
+    title: str
+    seen: NDArray[np.int64]
+    scores: NDArray[np.float64]
 
 
 def refinedet(arguments: Sequence[str]) -> None:
@@ -164,11 +170,42 @@ def train(run: Run, variant: Variant, options: argparse.Namespace) -> None:
     refinedet(test)
 
 
-def read_points(folder: Path) -> list[Point]:
-    """Read the evaluations of a run."""
-    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [Point(int(row["step"]), float(row["AP"] or 0), float(row["AP50"] or 0)) for row in rows]
+def read_curves(variants: Mapping[str, Variant], runs: Sequence[Run], batch: int) -> list[Curve]:
+    """Read the evaluations of all finished runs, variant by variant."""
+    curves = []
+    for name, variant in variants.items():
+        size = int(dict(s.split("=", 1) for s in variant.settings).get("train.batch", batch))
+        steps, scores = [], []
+        for run in runs:
+            if run.name == name and run.finished:
+                with (run.folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+                    rows = list(csv.DictReader(file))
+                steps = [int(row["step"]) for row in rows]
+                scores.append([(float(row["AP"] or 0), float(row["AP50"] or 0)) for row in rows])
+        if scores:
+            curves.append(Curve(variant.title, np.array(steps) * size, np.array(scores)))
+    return curves
+
+
+def follow(curves: Sequence[Curve]) -> list[str]:
+    """Lay AP out over the pictures seen, the mean of the seeds and from least to most, and name who leads where.
+
+    Variants evaluated at other points than the first are left to the plot.
+    """
+    first = curves[0]
+    alike = [curve for curve in curves if np.array_equal(curve.seen, first.seen)]
+    lines = [f"| pictures seen | {' | '.join(curve.title for curve in alike)} |", "| --- |" + " --- |" * len(alike)]
+    for i, seen in enumerate(first.seen):
+        points = [curve.scores[:, i, 0] for curve in alike]
+        cells = [f"{p.mean():.3f} ({p.min():.3f} to {p.max():.3f})" for p in points]
+        lines.append(f"| {seen:,} | {' | '.join(cells)} |")
+    for curve in alike[1:]:
+        lead = first.scores[..., 0].mean(axis=0) - curve.scores[..., 0].mean(axis=0)
+        crossings = [f"{first.seen[i]:,}" for i in range(1, len(lead)) if (lead[i] > 0) != (lead[i - 1] > 0)]
+        ahead = first.title if lead[0] > 0 else curve.title
+        turns = f", the lead changes at {', '.join(crossings)}" if crossings else " and stays there"
+        lines += ["", f"Mean AP of {first.title} and {curve.title}: {ahead} begins ahead{turns}."]
+    return lines
 
 
 def mean_rounds(runs: Sequence[Run], test: str, drawn: NDArray[np.int64]) -> tuple[Rounds, NDArray[np.float64]]:
@@ -211,22 +248,18 @@ def table(variants: Mapping[str, Variant], runs: Sequence[Run], test: str) -> li
     return lines
 
 
-def plot(variants: Mapping[str, Variant], runs: Sequence[Run], batch: int, out: Path) -> None:
-    """Draw AP50 on the validation data over the pictures seen: the mean of the seeds, and from least to most."""
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for i, (name, variant) in enumerate(variants.items()):
-        curves = [read_points(run.folder) for run in runs if run.name == name and run.finished]
-        if not curves:
-            continue
-        size = int(dict(s.split("=", 1) for s in variant.settings).get("train.batch", batch))
-        seen = [p.step * size for p in curves[0]]
-        values = np.array([[p.ap50 for p in curve] for curve in curves])
-        axes.plot(seen, values.mean(axis=0), "o-", color=f"C{i}", label=variant.title, markersize=3)
-        if len(curves) > 1:
-            axes.fill_between(seen, values.min(axis=0), values.max(axis=0), color=f"C{i}", alpha=0.15)
-    axes.set(xlabel="pictures seen", ylabel="AP50 on the validation data", xlim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small")
+def plot(curves: Sequence[Curve], out: Path) -> None:
+    """Draw AP and AP50 on the validation data over the pictures seen: the mean of the seeds, and from least to most."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for column, (axes, metric) in enumerate(zip(panels, ("AP", "AP50"), strict=True)):
+        for i, curve in enumerate(curves):
+            values = curve.scores[..., column]
+            axes.plot(curve.seen, values.mean(axis=0), "o-", color=f"C{i}", label=curve.title, markersize=3)
+            if len(values) > 1:
+                axes.fill_between(curve.seen, values.min(axis=0), values.max(axis=0), color=f"C{i}", alpha=0.15)
+        axes.set(xlabel="pictures seen", ylabel=f"{metric} on the validation data", xlim=(0, None))
+        axes.grid(alpha=0.3)
+    panels[0].legend(frameon=False, fontsize="small", loc="lower right")
     figure.savefig(out, dpi=130)
     pyplot.close(figure)
 
@@ -259,11 +292,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not (options.report or run.finished):
             print(f"{run.name}, seed {run.seed}", file=sys.stderr)
             train(run, variants[run.name], options)
-    lines = table(variants, runs, options.test)
+    curves = read_curves(variants, runs, options.batch)
+    lines = [*table(variants, runs, options.test), "", *follow(curves)]
     budget = {k: str(getattr(options, k)) for k in ("train", "val", "test", "start", "steps", "batch", "seeds", "set")}
     (options.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (options.out / "budget.json").write_text(json.dumps(budget, indent=1), encoding="utf-8")
-    plot(variants, runs, options.batch, options.out / "curve.png")
+    plot(curves, options.out / "curve.png")
     print("\n".join(lines))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -56,8 +57,10 @@ def test_it_trains_what_is_missing_and_lays_out_what_is_there(script, data, tmp_
     assert not calls
     lines = capsys.readouterr().out.splitlines()
     assert lines == (out / "table.md").read_text().splitlines()
-    assert len(lines) == 4
-    for line, name in zip(lines[2:], ("default-0", "batch-8-0"), strict=True):
+    scores, evaluations = lines[: lines.index("")], lines[lines.index("") + 1 :]
+    assert len(scores) == 4
+    assert evaluations[0] == "| pictures seen | the default recipe |"  # the other batch is evaluated at other points
+    for line, name in zip(scores[2:], ("default-0", "batch-8-0"), strict=True):
         metrics = json.loads((out / name / "test" / "metrics.json").read_text())
         numbers = {n["name"]: n["value"] for n in metrics["numbers"]} if "numbers" in metrics else metrics["metrics"]
         assert f"{numbers['AP50']:.3f}" in line
@@ -68,6 +71,28 @@ def test_it_trains_what_is_missing_and_lays_out_what_is_there(script, data, tmp_
     (out / "batch-8-0" / "test" / "metrics.json").unlink()
     script.main(options)
     assert "--resume" in calls[0]
+
+
+def test_training_is_followed_and_the_leader_named(script):
+    def curve(title: str, seen: Sequence[int], *seeds: Sequence[float]) -> object:
+        scores = np.stack([seeds, np.zeros_like(seeds)], axis=-1)
+        return script.Curve(title, np.array(seen), scores)
+
+    first = curve("A", [900, 1800, 2700], [0.1, 0.25, 0.3], [0.3, 0.25, 0.4])
+    behind_once = curve("B", [900, 1800, 2700], [0.1, 0.3, 0.2])
+    never_ahead = curve("C", [900, 1800, 2700], [0.0, 0.0, 0.0])
+    elsewhere = curve("D", [500, 2700], [0.5, 0.5])
+    assert script.follow([first, behind_once, never_ahead, elsewhere]) == [
+        "| pictures seen | A | B | C |",
+        "| --- | --- | --- | --- |",
+        "| 900 | 0.200 (0.100 to 0.300) | 0.100 (0.100 to 0.100) | 0.000 (0.000 to 0.000) |",
+        "| 1,800 | 0.250 (0.250 to 0.250) | 0.300 (0.300 to 0.300) | 0.000 (0.000 to 0.000) |",
+        "| 2,700 | 0.350 (0.300 to 0.400) | 0.200 (0.200 to 0.200) | 0.000 (0.000 to 0.000) |",
+        "",
+        "Mean AP of A and B: A begins ahead, the lead changes at 1,800, 2,700.",
+        "",
+        "Mean AP of A and C: A begins ahead and stays there.",
+    ]
 
 
 def test_an_unknown_row_is_named(script, data, tmp_path, capsys):
