@@ -146,10 +146,16 @@ class Predictor:
 
     def _inputs(self, images: Sequence[NDArray[np.uint8]], config: PreprocessConfig) -> Tensor:
         """Make network input float32[B, 3, height, width] of checked pictures."""
-        # A read-only or mirrored array has no tensor view, so these are copied.
-        pixels = (torch.from_numpy(np.require(image, requirements=["C", "W"])).to(self.device) for image in images)
         with stage("prepare"):
-            return torch.stack([preprocess(image, config) for image in pixels])
+            return torch.stack([preprocess(self._upload(image), config) for image in images])
+
+    def _upload(self, image: NDArray[np.uint8]) -> Tensor:
+        # A read-only or mirrored array has no tensor view, so these are copied.
+        pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]))
+        if self.device.type == "cuda":
+            # From pinned memory, the copy runs while the next picture is made ready.
+            return pixels.pin_memory().to(self.device, non_blocking=True)
+        return pixels.to(self.device)
 
     def _find(self, inputs: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Detections]:
         """Run the network, decode and suppress; ``sizes`` are the heights and widths of the pictures, px-img."""

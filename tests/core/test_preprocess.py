@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from refinedet_cli.core.config import PreprocessConfig
 from refinedet_cli.core.preprocess import Window, preprocess, resize_weights
@@ -151,3 +152,23 @@ def test_doubling_by_hand():
 def test_other_arrays_are_refused(image):
     with pytest.raises(ValueError, match=r"expected a picture uint8\[H, W, 3\]"):
         preprocess(image, PLAIN)
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.mm.out
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_accelerator_is_given_few_products():
+    config = PreprocessConfig(height=64, width=128)
+    with Products() as products:
+        made = preprocess(torch.empty(375, 500, 3, dtype=torch.uint8, device="meta"), config)
+    assert made.shape == (3, 64, 128)
+    assert products.count == 2
