@@ -22,6 +22,7 @@ from refinedet_cli.core.presets import get_preset
 from refinedet_cli.data.files import write_whole
 from refinedet_cli.data.source import open_dataset
 from refinedet_cli.engine.evaluate import Evaluation, evaluate
+from refinedet_cli.engine.lanes import lanes_for
 from refinedet_cli.engine.predict import Predictor
 from refinedet_cli.zoo.checkpoint import file_sha256, load_detector, save_checkpoint
 
@@ -51,7 +52,8 @@ def bundle(checkpoint: Path, dataset: str, folder: Path, entry: dict[str, Any]) 
     if path.stat().st_size > LARGEST:
         raise SystemExit(f"{path} has {path.stat().st_size:,} bytes, more than {LARGEST:,}")
     data = open_dataset(dataset, split="val")
-    predictor = Predictor(load_detector(path), device=torch.device("cpu"), precision="fp32")
+    cpu = torch.device("cpu")
+    predictor = Predictor(load_detector(path), device=cpu, precision="fp32", lanes=lanes_for(cpu))
     evaluation = evaluate(predictor, data, batch=16, workers=2)
     result = evaluation.result
     described = {

@@ -20,6 +20,7 @@ from refinedet_cli.core.preprocess import preprocess
 from refinedet_cli.core.presets import VOC_CLASSES, get_preset
 from refinedet_cli.data.images import read_image
 from refinedet_cli.engine.device import Precision
+from refinedet_cli.engine.lanes import lanes_for
 from refinedet_cli.engine.open_predictor import open_predictor
 from refinedet_cli.zoo.checkpoint import load_detector, save_checkpoint
 from refinedet_cli.zoo.hub import resolve_weights
@@ -108,7 +109,8 @@ def default_weights(bench: Bench) -> str | None:
 
 def open_ours(bench: Bench, weights: str | None, precision: Precision | None = None) -> Any:
     """Make a detector ready as `refinedet detect` does; None leaves the precision to it."""
-    return open_predictor(weights, device=bench.device, precision=precision or "auto")
+    lanes = lanes_for(bench.device)
+    return open_predictor(weights, device=bench.device, precision=precision or "auto", lanes=lanes)
 
 
 def load_ours(weights: str | None) -> Detector:

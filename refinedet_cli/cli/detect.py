@@ -163,6 +163,7 @@ def detect(
         from refinedet_cli.engine.detect import DetectOptions
         from refinedet_cli.engine.device import select_device
         from refinedet_cli.engine.distributed import Shard, own_device
+        from refinedet_cli.engine.lanes import lanes_for
         from refinedet_cli.engine.open_predictor import open_predictor
         from refinedet_cli.engine.predict import default_batch
         from refinedet_cli.engine.tiling import make_tiling
@@ -179,6 +180,7 @@ def detect(
             multi_scale=multi_scale,
             tiles=make_tiling(tile, tile_overlap),
             batch=batch,
+            lanes=lanes_for(place),
         )
         options = DetectOptions(
             score=score,
@@ -206,6 +208,7 @@ def _open(
 ) -> AnyPredictor:
     """Open the detector of a run on videos, which one process does alone."""
     from refinedet_cli.engine.device import select_device
+    from refinedet_cli.engine.lanes import lanes_for
     from refinedet_cli.engine.open_predictor import open_predictor
     from refinedet_cli.engine.tiling import make_tiling
 
@@ -218,6 +221,7 @@ def _open(
         multi_scale=multi_scale,
         tiles=tiles,
         batch=batch,
+        lanes=lanes_for(place),
     )
 
 

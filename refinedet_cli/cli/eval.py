@@ -310,6 +310,7 @@ def _load(
     batch: int | None,
 ) -> Detector:
     from refinedet_cli.engine.device import describe_device, select_device
+    from refinedet_cli.engine.lanes import lanes_for
     from refinedet_cli.engine.multi_scale import remark_on_passes
     from refinedet_cli.engine.open_predictor import open_predictor
     from refinedet_cli.engine.results import origin_of
@@ -324,6 +325,7 @@ def _load(
         postprocess=None if postprocess is None else POSTPROCESS_PRESETS[postprocess](),
         tiles=make_tiling(*tile),
         batch=batch,
+        lanes=lanes_for(chosen),
     )
     if remark := remark_on_passes(predictor):
         output.note(remark)

@@ -41,6 +41,7 @@ def report_run(output: Output, session: TrainingSession, result: TrainResult) ->
 
 def _report(output: Output, session: TrainingSession, result: TrainResult) -> Path | None:
     from refinedet_cli.engine.device import describe_device
+    from refinedet_cli.engine.lanes import lanes_for
     from refinedet_cli.engine.predict import Predictor
     from refinedet_cli.engine.results import origin_of
     from refinedet_cli.engine.run_record import BEST_FILE, VALIDATION_FOLDER, VALIDATION_REPORT
@@ -57,7 +58,8 @@ def _report(output: Output, session: TrainingSession, result: TrainResult) -> Pa
         return report
     if folder.is_dir():
         remove_leftovers(folder)
-    predictor = Predictor(load_detector(best), device=options.device, precision=options.precision)
+    lanes = lanes_for(options.device)
+    predictor = Predictor(load_detector(best), device=options.device, precision=options.precision, lanes=lanes)
     evaluation = result.best_evaluation or _evaluate(output, session, predictor, validation)
     origin = origin_of(predictor, score_threshold=predictor.config.postprocess.score_threshold)
     measured = _measured(Detector(predictor, origin, describe_device(options.device)), validation, evaluation)

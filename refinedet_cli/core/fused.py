@@ -84,10 +84,20 @@ class FusedNetwork(nn.Module):
                 return self._network(images)
         return self._network(images)
 
-    def parts(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Cut a batch of at least one picture into such as take no longer one after the other than all together."""
+    def parts(self, images: Tensor, *, lanes: int = 1) -> tuple[Tensor, ...]:
+        """Cut a batch of at least one picture into such as take no longer one after the other than all together.
+
+        Args:
+            images: float32[B, 3, H, W].
+            lanes: parts that are computed at a time; each gets as many, if there are enough pictures.
+
+        Returns:
+            Equal parts, up to one picture, in order.
+        """
         largest = self._bytes_per_pixel * math.prod(images.shape[2:])
-        parts: tuple[Tensor, ...] = images.split(max(1, int(_MOST_BYTES / largest)) if largest else len(images))
+        most = max(1, int(_MOST_BYTES / largest)) if largest else len(images)
+        rounds = math.ceil(len(images) / (most * lanes))
+        parts: tuple[Tensor, ...] = images.tensor_split(min(len(images), rounds * lanes))
         return parts
 
 

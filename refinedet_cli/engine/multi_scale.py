@@ -141,7 +141,7 @@ def find_schedule(source: str, preprocess: PreprocessConfig) -> ScaleSchedule:
 
 
 def make_predictor(
-    loaded: LoadedDetector, *, device: torch.device, precision: Precision, multi_scale: str | None
+    loaded: LoadedDetector, *, device: torch.device, precision: Precision, multi_scale: str | None, lanes: int = 1
 ) -> Predictor:
     """Make the predictor that a command's options ask for.
 
@@ -150,12 +150,13 @@ def make_predictor(
         device: where to compute.
         precision: of the network.
         multi_scale: as ``source`` of `find_schedule`; None looks at each picture once.
+        lanes: as for `Predictor`, where each picture is looked at once; larger passes need all cores for a picture.
 
     Raises:
         ConfigError: as `find_schedule`; or the network does not take inputs of these sizes.
     """
     if multi_scale is None:
-        return Predictor(loaded, device=device, precision=precision)
+        return Predictor(loaded, device=device, precision=precision, lanes=lanes)
     schedule = find_schedule(multi_scale, loaded.config.preprocess)
     _check_passes(schedule, loaded.config)
     return MultiScalePredictor(loaded, device=device, precision=precision, schedule=schedule)

@@ -38,6 +38,7 @@ def open_predictor(
     postprocess: PostprocessConfig | None = None,
     tiles: Tiling | None = None,
     batch: int | None = None,
+    lanes: int = 1,
 ) -> AnyPredictor:
     """Find weights and make them ready.
 
@@ -50,6 +51,7 @@ def open_predictor(
         postprocess: in place of the detector's own.
         tiles: how to cut larger pictures; None looks at them as a whole.
         batch: tiles computed together; None fits the device.
+        lanes: as for `make_predictor`.
 
     Raises:
         CheckpointError: there are no such weights, or they cannot be used.
@@ -64,5 +66,5 @@ def open_predictor(
     if postprocess is not None:
         loaded = with_postprocess(loaded, postprocess)
     chosen = select_precision(precision or usual_precision, device)
-    predictor = make_predictor(loaded, device=device, precision=chosen, multi_scale=multi_scale)
+    predictor = make_predictor(loaded, device=device, precision=chosen, multi_scale=multi_scale, lanes=lanes)
     return with_tiles(predictor, tiles, batch)

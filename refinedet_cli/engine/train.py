@@ -28,6 +28,7 @@ from refinedet_cli.engine.distributed import ALONE, Processes
 from refinedet_cli.engine.evaluate import Evaluation, evaluate
 from refinedet_cli.engine.gradients import Gradients
 from refinedet_cli.engine.health import Health
+from refinedet_cli.engine.lanes import lanes_for
 from refinedet_cli.engine.predict import Predictor
 from refinedet_cli.engine.recipe import (
     Average,
@@ -460,7 +461,8 @@ class _Run:
         network.load_state_dict(self._weights())
         network.requires_grad_(False)
         loaded = LoadedDetector(replace(self.detector, network=network.eval()), {}, self.options.out / LAST_FILE)
-        predictor = Predictor(loaded, device=self.options.device, precision=self.options.precision)
+        device = self.options.device
+        predictor = Predictor(loaded, device=device, precision=self.options.precision, lanes=lanes_for(device))
         evaluation = evaluate(
             predictor,
             self.validation,

@@ -104,6 +104,11 @@ def test_large_batches_are_cut_to_what_the_allocator_keeps(monkeypatch):
     # Of 64 px most is read and written where 96 channels of 32 x 32 become 16 x 16.
     monkeypatch.setattr(fused, "_MOST_BYTES", 3 * 96 * (32 * 32 + 16 * 16) * 4)
     assert [len(part) for part in prepared.parts(pictures(8, 64))] == [3, 3, 2]
+    # Lanes have as many parts each, so that none waits for another.
+    assert [len(part) for part in prepared.parts(pictures(7, 64), lanes=2)] == [2, 2, 2, 1]
+    assert [len(part) for part in prepared.parts(pictures(5, 64), lanes=4)] == [2, 1, 1, 1]
+    assert [len(part) for part in prepared.parts(pictures(2, 64), lanes=4)] == [1, 1]
+    assert torch.equal(torch.cat(prepared.parts(pictures(7, 64), lanes=2)), pictures(7, 64))
     assert [len(part) for part in prepared.parts(pictures(3, 128))] == [1, 1, 1]
     monkeypatch.setattr(fused, "_MOST_BYTES", 1)
     assert [len(part) for part in prepared.parts(pictures(2, 64))] == [1, 1]

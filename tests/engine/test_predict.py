@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +15,7 @@ from refinedet_cli.core.config import Classes
 from refinedet_cli.core.postprocess import soften, suppress, to_detections
 from refinedet_cli.core.preprocess import preprocess
 from refinedet_cli.core.presets import tiny
+from refinedet_cli.engine.lanes import lanes_for
 from refinedet_cli.engine.predict import Predictor, default_batch
 from refinedet_cli.zoo.checkpoint import LoadedDetector, load_detector
 
@@ -159,6 +163,54 @@ def test_switches_of_cudnn_are_put_back(predictor, images):
 
 def test_batches_fit_the_device():
     assert 1 <= default_batch(CPU) <= default_batch(torch.device("cuda"))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_lanes_find_what_one_thread_finds_and_each_has_one(loaded, images, assert_same, monkeypatch):
+    assert (lanes_for(CPU), lanes_for(torch.device("cuda"))) == (2, 1)
+    predictor = Predictor(loaded, device=CPU, precision="fp32", lanes=2)
+    threads = []
+    compute = predictor._network.forward
+
+    def watched(part: torch.Tensor) -> object:
+        threads.append((threading.current_thread(), torch.get_num_threads()))
+        return compute(part)
+
+    monkeypatch.setattr(predictor._network, "forward", watched)
+    found = predictor.predict(images)
+    assert {count for _, count in threads} == {1}
+    assert threading.main_thread() not in {thread for thread, _ in threads}
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    alone = Predictor(loaded, device=CPU, precision="fp32")
+    for image, of_lane in zip(images, found, strict=True):
+        assert_same(alone.predict([image])[0], of_lane)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_that_come_later_have_as_many_as_usual(loaded):
+    Predictor(loaded, device=CPU, precision="fp32", lanes=2)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 2
+
+
+def test_what_goes_wrong_in_a_lane_comes_out(loaded, images, monkeypatch):
+    predictor = Predictor(loaded, device=CPU, precision="fp32", lanes=3)
+
+    def fail(part: torch.Tensor) -> object:
+        raise MemoryError(f"for {len(part)}")
+
+    monkeypatch.setattr(predictor._network, "forward", fail)
+    with pytest.raises(MemoryError, match="for"):
+        predictor.predict(images)
 
 
 @pytest.mark.gpu
