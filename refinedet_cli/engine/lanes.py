@@ -37,6 +37,10 @@ class Lanes:
         self.count = count
         self._pool = None if count == 1 else _make_pool(count)
 
+    def call(self, function: Callable[[], _Result]) -> _Result:
+        """Call a function in one of the threads."""
+        return function() if self._pool is None else self._pool.submit(function).result()
+
     def map(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
         """Call a function for each item: the results in order, or the first exception."""
         return [function(item) for item in items] if self._pool is None else [*self._pool.map(function, items)]

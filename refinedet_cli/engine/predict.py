@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,15 +92,16 @@ class Predictor:
         self.precision: Precision = precision
         size = loaded.config.preprocess
         self._lanes = Lanes(lanes)
-        prepare = partial(
-            FusedNetwork,
-            device=device,
-            bf16=precision == "bf16",
-            input_size=(size.height, size.width),
-            fuse=self._fuses,
-        )
         # Where it will compute: the layout of weights depends on the number of threads.
-        [self._network] = self._lanes.map(prepare, [loaded.detector.network])
+        self._network = self._lanes.call(
+            lambda: FusedNetwork(
+                loaded.detector.network,
+                device=device,
+                bf16=precision == "bf16",
+                input_size=(size.height, size.width),
+                fuse=self._fuses,
+            )
+        )
 
     @property
     def config(self) -> DetectorConfig:
