@@ -352,7 +352,7 @@ class _Row:
         self._opened: Opened | None = None
         self._memory: Memory | None = None
         self._accuracy: Accuracy | None = None
-        opening = Opening(asked.weights, asked.precision, options.device, options.threads)
+        opening = Opening(asked.weights, asked.precision, options.device, options.threads, options.batch > 1)
         self._subject = stack.enter_context(closing(start(opening)))
 
     def attempt(self, step: Callable[[Subject], _T]) -> _T | None:

@@ -44,12 +44,14 @@ class Opening(NamedTuple):
         precision: of the network; None leaves it to the weights.
         device: where to compute.
         threads: that compute; None leaves it to torch.
+        together: pictures are looked at several at a time, as `detect` does, and not one by one.
     """
 
     weights: str | None
     precision: PrecisionName | None
     device: DeviceName
     threads: int | None
+    together: bool = False
 
 
 class Opened(NamedTuple):
@@ -145,11 +147,13 @@ class LocalSubject:
         import torch
 
         from refinedet_cli.engine.device import describe_device, select_device
+        from refinedet_cli.engine.lanes import lanes_for
         from refinedet_cli.engine.open_predictor import open_predictor
 
         device = select_device(self._opening.device)
         started = time.perf_counter()
-        predictor = open_predictor(self._opening.weights, device=device, precision=self._opening.precision)
+        lanes = lanes_for(device) if self._opening.together else 1
+        predictor = open_predictor(self._opening.weights, device=device, precision=self._opening.precision, lanes=lanes)
         _synchronise(device)
         seconds = time.perf_counter() - started
         self._predictor = predictor

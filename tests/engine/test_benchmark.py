@@ -438,6 +438,14 @@ def test_a_gpu_is_waited_for_before_the_clock_is_read(pictures, monkeypatch):
     assert events == ["wait", "predict", "wait"]
 
 
+@pytest.mark.parametrize(("together", "lanes"), [(False, 1), (True, 2)])
+def test_a_batch_is_shared_out_as_detect_does(weights, threads, together, lanes):
+    subject = LocalSubject(Opening(str(weights), None, "cpu", 2, together))
+    subject.prepare()
+    assert subject.open().threads == 2
+    assert subject._ready()._lanes.count == lanes
+
+
 def test_a_detector_is_opened_timed_and_scored(weights, dataset, threads):
     subject = LocalSubject(Opening(str(weights), "bf16", "cpu", 1))
     with pytest.raises(RuntimeError, match="open"):
