@@ -78,7 +78,7 @@ def detect_default(bench: Bench) -> Iterator[Finding]:
 def _detect(
     bench: Bench, weights: str | None, peer_name: str, pictures: int, targets: tuple[float, float]
 ) -> Iterator[Finding]:
-    ours = {precision: open_ours(bench, weights, precision) for precision in ("auto", "fp32")}
+    ours = {precision: open_ours(bench, weights, precision, SCORE) for precision in ("auto", "fp32")}
     paths = turn(bench, pictures)
     # Each place is a picture of its own, even where the file comes again.
     images = [FoundImage(path, f"{i:06}{path.suffix}") for i, path in enumerate(paths)]

@@ -107,10 +107,12 @@ def default_weights(bench: Bench) -> str | None:
     return None if bench.sizes.default == "refinedet320_mobilenetv2" else str(paper_weights(bench))
 
 
-def open_ours(bench: Bench, weights: str | None, precision: Precision | None = None) -> Any:
+def open_ours(bench: Bench, weights: str | None, precision: Precision | None = None, least_score: float = 0.0) -> Any:
     """Make a detector ready as `refinedet detect` does; None leaves the precision to it."""
     lanes = lanes_for(bench.device)
-    return open_predictor(weights, device=bench.device, precision=precision or "auto", lanes=lanes)
+    return open_predictor(
+        weights, device=bench.device, precision=precision or "auto", lanes=lanes, least_score=least_score
+    )
 
 
 def load_ours(weights: str | None) -> Detector:

@@ -151,7 +151,7 @@ def detect(
             raise UsageError(f"this is {shard}, and a video is the work of one process", "leave torchrun out")
         asked = {"--resume": resume, "--crops": crops, "--also": bool(also), "--class": bool(only_classes)}
         _refuse_for_videos({**asked, "--profile": profile})
-        found_by = _open(weights, device, precision, multi_scale, (tile, tile_overlap), batch)
+        found_by = _open(weights, device, precision, multi_scale, (tile, tile_overlap), batch, score)
         _announce(output, found_by, score=score, draw=out is not None and not no_draw)
         detect_videos(output, found_by, videos, out, score=score, batch=batch, draw=not no_draw)
         return
@@ -181,6 +181,7 @@ def detect(
             tiles=make_tiling(tile, tile_overlap),
             batch=batch,
             lanes=lanes_for(place),
+            least_score=score,
         )
         options = DetectOptions(
             score=score,
@@ -205,6 +206,7 @@ def _open(
     multi_scale: str | None,
     tile: tuple[int | None, float | None],
     batch: int | None,
+    score: float,
 ) -> AnyPredictor:
     """Open the detector of a run on videos, which one process does alone."""
     from refinedet_cli.engine.device import select_device
@@ -222,6 +224,7 @@ def _open(
         tiles=tiles,
         batch=batch,
         lanes=lanes_for(place),
+        least_score=score,
     )
 
 

@@ -89,7 +89,7 @@ _CALLED = {
 _ADVICE = {
     "wait for pictures": "more processor cores, a faster disk or smaller pictures would help",
     "prepare": "smaller pictures would help",
-    "post-processing": "a higher postprocess.score_threshold in the detector's config would help",
+    "post-processing": "a higher --score would help",
     "record": "a higher --score or a faster disk would help",
     "wait for drawing": "--no-draw, more processor cores or a faster disk would help",
     "wait for processes": "a smaller --batch shares the pictures out more evenly",

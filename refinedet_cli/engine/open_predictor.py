@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from refinedet_cli.core.config import PostprocessConfig
@@ -15,7 +17,7 @@ from refinedet_cli.engine.multi_scale import make_predictor
 from refinedet_cli.engine.predict import AnyPredictor
 from refinedet_cli.engine.tiling import with_tiles
 from refinedet_cli.errors import UsageError
-from refinedet_cli.zoo.checkpoint import load_detector
+from refinedet_cli.zoo.checkpoint import LoadedDetector, load_detector
 from refinedet_cli.zoo.hub import resolve_weights
 
 
@@ -26,6 +28,16 @@ def _refuse_for_artefact(path: Path, given: dict[str, object]) -> None:
                 f"--{option} does not go with {path.name}: an exported file computes as it was exported",
                 f"leave --{option} out, or use the checkpoint",
             )
+
+
+def _without_lower(loaded: LoadedDetector, least_score: float) -> LoadedDetector:
+    """Raise the score threshold: who scores more is neither suppressed nor displaced by who scores less."""
+    post = loaded.config.postprocess
+    # The threshold must be passed, the least score only reached; scores are float32.
+    threshold = float(np.nextafter(np.float32(least_score), np.float32(0)))
+    if post.soft_nms_iou is not None or threshold <= post.score_threshold:
+        return loaded
+    return with_postprocess(loaded, replace(post, score_threshold=threshold))
 
 
 def open_predictor(
@@ -39,6 +51,7 @@ def open_predictor(
     tiles: Tiling | None = None,
     batch: int | None = None,
     lanes: int = 1,
+    least_score: float = 0.0,
 ) -> AnyPredictor:
     """Find weights and make them ready.
 
@@ -52,6 +65,8 @@ def open_predictor(
         tiles: how to cut larger pictures; None looks at them as a whole.
         batch: tiles computed together; None fits the device.
         lanes: as for `make_predictor`.
+        least_score: detections that score less will not be looked at. Where none of them bears on the others, they are
+            not even made, which saves time.
 
     Raises:
         CheckpointError: there are no such weights, or they cannot be used.
@@ -65,6 +80,8 @@ def open_predictor(
     loaded = load_detector(path)
     if postprocess is not None:
         loaded = with_postprocess(loaded, postprocess)
+    if multi_scale is None and tiles is None:
+        loaded = _without_lower(loaded, least_score)
     chosen = select_precision(precision or usual_precision, device)
     predictor = make_predictor(loaded, device=device, precision=chosen, multi_scale=multi_scale, lanes=lanes)
     return with_tiles(predictor, tiles, batch)
