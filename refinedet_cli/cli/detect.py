@@ -185,7 +185,8 @@ def detect(
         )
         options = DetectOptions(
             score=score,
-            batch=batch or default_batch(place),
+            # Processes that share the work out have to agree on its blocks.
+            batch=batch or default_batch(place, everywhere=shard is not None),
             draw=out is not None and not no_draw,
             crops=crops,
             formats=frozenset(chosen.value for chosen in also or ()),

@@ -224,7 +224,14 @@ def _exact_convolutions() -> Iterator[None]:
         yield
 
 
-def default_batch(device: torch.device) -> int:
-    """How many pictures to compute together where nobody said: beyond this, more brings little speed."""
-    # On a CPU, four for each lane: about as many as it computes at a time, and a few more to share out.
-    return 32 if device.type == "cuda" else max(8, 4 * lanes_for(device))
+def default_batch(device: torch.device, *, everywhere: bool = False) -> int:
+    """How many pictures to compute together where nobody said: beyond this, more brings little speed.
+
+    Args:
+        device: that computes.
+        everywhere: give the same for every machine with such a device, whatever its cores.
+    """
+    if device.type == "cuda":
+        return 32
+    # Four for each lane: about as many as it computes at a time. No more pictures than memory has room for.
+    return 8 if everywhere else min(64, max(8, 4 * lanes_for(device)))

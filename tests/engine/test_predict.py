@@ -161,8 +161,11 @@ def test_switches_of_cudnn_are_put_back(predictor, images):
     assert after == before
 
 
-def test_batches_fit_the_device():
-    assert 1 <= default_batch(CPU) <= default_batch(torch.device("cuda"))
+@pytest.mark.parametrize(("threads", "batch"), [(1, 8), (2, 8), (6, 24), (96, 64)])
+def test_each_lane_has_pictures_to_compute(monkeypatch, threads, batch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert default_batch(CPU) == batch
+    assert (default_batch(CPU, everywhere=True), default_batch(torch.device("cuda"))) == (8, 32)
 
 
 @pytest.fixture
