@@ -46,6 +46,10 @@ class FusedNetwork(nn.Module):
             a network that torch cannot trace, this is autocast.
         input_size: height and width of the usual input; others are computed alike, and a little slower.
         fuse: whether layers may become one, and so round differently.
+
+    Attributes:
+        suits_lanes: whether pictures computed side by side, each on a core of its own, leave one another room in the
+            processor's cache; else all cores share a picture sooner.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class FusedNetwork(nn.Module):
             self(torch.zeros(1, 3, *input_size, device=device))
         largest = max((m.map_bytes for m in self.modules() if isinstance(m, _FusedConvolution)), default=0)
         self._bytes_per_pixel = largest / math.prod(input_size)
+        self.suits_lanes = 2 * largest <= _MOST_BYTES
 
     def forward(self, images: Tensor) -> Any:
         """Map float32[B, 3, H, W] to what the network returns for it.

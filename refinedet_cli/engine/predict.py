@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,7 +76,8 @@ class Predictor:
         loaded: its network is copied; what becomes of it later changes nothing here.
         device: where to compute.
         precision: of the network; decoding and suppression are always float32.
-        lanes: threads that compute pictures of their own, on CPUs: see `Lanes`. 1 is faster for a picture at a time.
+        lanes: threads that compute pictures of their own, on CPUs: see `Lanes`. 1 is faster for a picture at a time,
+            and what is taken for a heavy network.
 
     Attributes:
         loaded, device, precision: as given.
@@ -92,16 +94,19 @@ class Predictor:
         self.precision: Precision = precision
         size = loaded.config.preprocess
         self._lanes = Lanes(lanes)
-        # Where it will compute: the layout of weights depends on the number of threads.
-        self._network = self._lanes.call(
-            lambda: FusedNetwork(
-                loaded.detector.network,
-                device=device,
-                bf16=precision == "bf16",
-                input_size=(size.height, size.width),
-                fuse=self._fuses,
-            )
+        prepare = partial(
+            FusedNetwork,
+            loaded.detector.network,
+            device=device,
+            bf16=precision == "bf16",
+            input_size=(size.height, size.width),
+            fuse=self._fuses,
         )
+        # Where it will compute: the layout of weights depends on the number of threads.
+        self._network = self._lanes.call(prepare)
+        if lanes > 1 and not self._network.suits_lanes:
+            self._lanes = Lanes(1)
+            self._network = prepare()
 
     @property
     def config(self) -> DetectorConfig:
@@ -137,7 +142,7 @@ class Predictor:
 
         Returns:
             one `Detections` per picture, in order, on the CPU. In fp32 they do not depend on which pictures are
-            computed together; with lanes, neither on how many.
+            computed together.
 
         Raises:
             ValueError: a picture is not uint8[H, W, 3].

@@ -99,6 +99,14 @@ def test_other_sizes_and_batches_than_the_usual():
             assert_close(mine, other, rtol=1e-4, atol=2e-5)
 
 
+def test_light_networks_suit_lanes_and_heavy_ones_do_not(monkeypatch):
+    network = made("refinedet320_mobilenetv2")
+    largest = 96 * (32 * 32 + 16 * 16) * 4  # of 64 px, where 96 channels of 32 x 32 become 16 x 16
+    for most, suits in ((2 * largest, True), (2 * largest - 1, False)):
+        monkeypatch.setattr(fused, "_MOST_BYTES", most)
+        assert prepare(network).suits_lanes is suits
+
+
 def test_large_batches_are_cut_to_what_the_allocator_keeps(monkeypatch):
     prepared = prepare(made("refinedet320_mobilenetv2"))
     # Of 64 px most is read and written where 96 channels of 32 x 32 become 16 x 16.

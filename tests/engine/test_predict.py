@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from refinedet_cli.core import fused
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.postprocess import soften, suppress, to_detections
 from refinedet_cli.core.preprocess import preprocess
@@ -196,6 +197,24 @@ def test_lanes_find_what_one_thread_finds_and_each_has_one(loaded, images, asser
     alone = Predictor(loaded, device=CPU, precision="fp32")
     for image, of_lane in zip(images, found, strict=True):
         assert_same(alone.predict([image])[0], of_lane)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_heavy_network_is_shared_by_all_threads(loaded, images, assert_same, monkeypatch):
+    expected = Predictor(loaded, device=CPU, precision="fp32").predict(images)
+    monkeypatch.setattr(fused, "_MOST_BYTES", 1)
+    predictor = Predictor(loaded, device=CPU, precision="fp32", lanes=2)
+    threads = []
+    compute = predictor._network.forward
+
+    def watched(part: torch.Tensor) -> object:
+        threads.append(torch.get_num_threads())
+        return compute(part)
+
+    monkeypatch.setattr(predictor._network, "forward", watched)
+    for mine, other in zip(predictor.predict(images), expected, strict=True):
+        assert_same(mine, other)
+    assert threads == [2] * len(images)
 
 
 @pytest.mark.usefixtures("two_threads")
