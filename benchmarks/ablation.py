@@ -204,7 +204,7 @@ def follow(curves: Sequence[Curve]) -> list[str]:
         crossings = [f"{first.seen[i]:,}" for i in range(1, len(lead)) if (lead[i] > 0) != (lead[i - 1] > 0)]
         ahead = first.title if lead[0] > 0 else curve.title
         turns = f", the lead changes at {', '.join(crossings)}" if crossings else " and stays there"
-        lines += ["", f"Mean AP of {first.title} and {curve.title}: {ahead} begins ahead{turns}."]
+        lines += ["", f"Mean AP, {first.title} against {curve.title}: {ahead} begins ahead{turns}."]
     return lines
 
 

@@ -89,9 +89,9 @@ def test_training_is_followed_and_the_leader_named(script):
         "| 1,800 | 0.250 (0.250 to 0.250) | 0.300 (0.300 to 0.300) | 0.000 (0.000 to 0.000) |",
         "| 2,700 | 0.350 (0.300 to 0.400) | 0.200 (0.200 to 0.200) | 0.000 (0.000 to 0.000) |",
         "",
-        "Mean AP of A and B: A begins ahead, the lead changes at 1,800, 2,700.",
+        "Mean AP, A against B: A begins ahead, the lead changes at 1,800, 2,700.",
         "",
-        "Mean AP of A and C: A begins ahead and stays there.",
+        "Mean AP, A against C: A begins ahead and stays there.",
     ]
 
 
