@@ -248,20 +248,23 @@ def join(datasets: Sequence[Dataset]) -> Dataset:
         datasets: at least one.
 
     Returns:
-        all their pictures in order. Classes are the union by canonical name, in order of first appearance; category ids
-        are those of the first data set where it has all classes, else 1, 2, ... Picture and annotation ids are numbered
-        anew, since those of different files may be equal. A single data set is returned as it is.
+        all their pictures in order. Classes are the union, in order of first appearance: of different data sets those
+        of equal name, or else of equal canonical name, are one; of one data set none are. Category ids are those of
+        the first data set where it has all classes, else 1, 2, ... Picture and annotation ids are numbered anew, since
+        those of different files may be equal. A single data set is returned as it is.
     """
     first = datasets[0]
     if len(datasets) == 1:
         return first
-    names: dict[str, str] = {}
+    names: list[str] = []
     for dataset in datasets:
-        for name in dataset.classes.names:
-            names.setdefault(canonical_name(name), name)
+        own = dataset.classes.names
+        # As `match_classes` pairs them: the first of several; it is taken if this data set has it by name.
+        alike = {canonical_name(name): name not in own for name in reversed(names)}
+        names += [name for name in own if name not in names and not alike.pop(canonical_name(name), False)]
     classes = first.classes
     if len(names) != len(classes):
-        classes = Classes(names=tuple(names.values()), category_ids=tuple(range(1, len(names) + 1)))
+        classes = Classes(names=tuple(names), category_ids=tuple(range(1, len(names) + 1)))
     records: list[Record] = []
     annotations = 0
     for dataset in datasets:

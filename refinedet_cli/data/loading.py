@@ -26,6 +26,9 @@ from refinedet_cli.errors import DataError
 
 # Batches that each worker keeps ready.
 PREFETCHED = 4
+# After so long without a batch, it is lost: a worker that cannot hand it over, as where shared memory is full, says
+# nothing and goes on.
+_PATIENCE_SECONDS = 1800.0
 
 
 class Draw(NamedTuple):
@@ -128,14 +131,14 @@ class TrainingSet(TorchDataset[tuple[Tensor, Target, int]]):
         self._starts: Tensor | None = None
 
     def fill_cache(self, threads: int, on_picture: Callable[[], None]) -> None:
-        """Decode all pictures into memory that worker processes share.
+        """Decode all pictures into memory that worker processes are forked with, or else given.
 
         Raises:
             DataError: a picture cannot be read.
         """
         sizes = torch.tensor([r.width * r.height * 3 for r in self.dataset.records], dtype=torch.int64)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-        cache = torch.empty(int(starts[-1]), dtype=torch.uint8).share_memory_()
+        cache = torch.empty(int(starts[-1]), dtype=torch.uint8)
 
         def fill(index: int) -> None:
             picture = read_record(self.dataset.records[index])
@@ -289,6 +292,7 @@ def make_loader(
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=PREFETCHED if workers else None,
+        timeout=_PATIENCE_SECONDS if workers else 0,
         worker_init_fn=_leave_interrupts_to_the_run,
     )
     for batch in loader:

@@ -29,6 +29,7 @@ from refinedet_cli.data.images import read_image
 from refinedet_cli.data.listing import find_images
 from refinedet_cli.data.source import find_splits, open_dataset
 from refinedet_cli.engine.benchmark_worker import Accuracy, Memory, Opened, Opening, RemoteSubject, RunTime
+from refinedet_cli.engine.cores import usable_cores
 from refinedet_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -615,7 +616,7 @@ def _notes(measured: Sequence[Measured], pictures: Pictures, machine: Machine) -
 def _machine() -> Machine:
     return Machine(
         processor=_processor(),
-        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cpus=usable_cores(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
         libraries={name: _version(name) for name in _LIBRARIES},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from refinedet_cli.data.check_pictures import Depth, ListedPart, judge_pictures
 from refinedet_cli.data.check_source import find_base, scan_source
 from refinedet_cli.data.dataset import Dataset, Split
 from refinedet_cli.engine.anchors import MATCHED, Shortfall, find_shortfall, gather, percent
+from refinedet_cli.engine.cores import usable_cores
 from refinedet_cli.engine.grid_cells import SharedCells, grid_size, sharing
 from refinedet_cli.engine.run_file import RunFile
 from refinedet_cli.engine.start import resolve_config
@@ -259,7 +259,7 @@ def _name(part: Part) -> str:
 
 
 def _threads(wanted: int | None) -> int:
-    return min(_MOST_THREADS, os.cpu_count() or 1) if wanted is None else max(1, wanted)
+    return min(_MOST_THREADS, usable_cores()) if wanted is None else max(1, wanted)
 
 
 def _judge_reach(

@@ -23,6 +23,7 @@ from refinedet_cli.core.structures import Detections
 from refinedet_cli.data.files import make_folder
 from refinedet_cli.data.images import FoundImage, Reading
 from refinedet_cli.engine import detect_reading
+from refinedet_cli.engine.cores import usable_cores
 from refinedet_cli.engine.detect_classes import select_labels
 from refinedet_cli.engine.detect_copies import ANNOTATED_NAME, CROPS_NAME, Copies, Targets, reason_of
 from refinedet_cli.engine.detect_journal import RunKey
@@ -274,7 +275,7 @@ def _open_store(
 def _threads(options: DetectOptions, predictor: AnyPredictor) -> int:
     """Threads that decode, and as many that draw; a network on a GPU is faster, and leaves the processor to them."""
     most = 4 if predictor.device.type == "cpu" else 8
-    return options.readers or min(most, os.cpu_count() or 1)
+    return options.readers or min(most, usable_cores())
 
 
 def _go_through(

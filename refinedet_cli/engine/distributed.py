@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from refinedet_cli.core.backbones import Timm
 from refinedet_cli.engine.memory import is_out_of_memory
 from refinedet_cli.errors import DeviceError, PartialError, RefineDetError, ToldElsewhere, UsageError
 
@@ -228,6 +229,8 @@ class Group(Processes):
             )
         # Running statistics are averaged after the step instead.
         options: dict[str, Any] = {"gradient_as_bucket_view": True, _SENDS_BUFFERS: False}
+        # Some of timm's have layers that lead to no map that is read.
+        options["find_unused_parameters"] = any(isinstance(module, Timm) for module in network.modules())
         with self.computing():
             return nn.parallel.DistributedDataParallel(network, process_group=self._group_for(device), **options)
 

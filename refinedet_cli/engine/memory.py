@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _SYSTEM = Path("/proc/meminfo")
 _CONTAINER = Path("/sys/fs/cgroup")
+_SHARED = Path("/dev/shm")
 
 
 def peak_memory() -> int | None:
@@ -42,6 +44,14 @@ def free_memory() -> int | None:
     except (OSError, ValueError):  # no container, or "max": no limit
         pass
     return min(free, default=None)
+
+
+def free_shared_memory() -> int | None:
+    """Tell how many bytes processes could still hand to each other; None where no such limit is known.
+
+    Containers often have 64 MB, whatever memory they have.
+    """
+    return shutil.disk_usage(_SHARED).free if _SHARED.is_dir() else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

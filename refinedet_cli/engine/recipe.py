@@ -81,7 +81,7 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
     norms = {
         id(p)
         for m in network.modules()
-        if isinstance(m, (nn.GroupNorm, nn.modules.batchnorm._BatchNorm))
+        if isinstance(m, (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm))
         for p in m.parameters()
     }
     backbone: Any = network.backbone

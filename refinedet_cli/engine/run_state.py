@@ -32,6 +32,10 @@ class RunState:
         evaluated: False between a step after which the weights are to be evaluated and the end of the evaluation.
         scores: what the weights of this very step reached, if they were evaluated.
         log: what `RunLog` has added up for its next row.
+        order: SHA-256 of the training pictures' names in their order; None in older states.
+        validation: fingerprint of the validation data, "" without; None in older states.
+        start: what the run began from, as "provenance" of the weights and as "record" of config.json; empty in older
+            states.
     """
 
     step: int
@@ -46,6 +50,9 @@ class RunState:
     evaluated: bool = True
     scores: dict[str, float | None] = field(default_factory=dict)
     log: dict[str, Any] = field(default_factory=dict)
+    order: str | None = None
+    validation: str | None = None
+    start: dict[str, Any] = field(default_factory=dict)
 
 
 def save_state(path: Path, state: RunState) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,8 @@ def resolve_config(
 ) -> Preset:
     """Resolve a run's config: preset, then what its starting weights ask for, then run file, then settings.
 
-    ImageNet weights ask for their input normalisation, random ones that nothing is frozen.
+    ImageNet weights ask for their input normalisation, random ones that nothing is frozen, also where a run file that
+    was made for others freezes layers. A setting that is a table changes what it names alone.
 
     Args:
         classes: those of the data.
@@ -78,19 +79,27 @@ def resolve_config(
     Raises:
         ConfigError: an unknown name, or a value that does not fit.
     """
+    if preset is not None and run_file.preset not in (None, preset) and "network" in run_file.settings:
+        raise ConfigError(
+            f"--preset {preset} does not go with {run_file.path}, whose network is of {run_file.preset}",
+            "leave out one of the two",
+        )
     named = preset or run_file.preset
     resolved = get_preset(named, classes) if named is not None else _preset_of(weights, classes)
     if backbone is not None:
         detector = replace(resolved.detector, preprocess=_wanted_input(backbone, resolved.detector.preprocess))
         resolved = replace(resolved, detector=detector)
-    elif weights == NO_WEIGHTS:
-        # What is drawn at random has to be learned: no preset's frozen layers would ever be of use.
-        resolved = replace(resolved, train=replace(resolved.train, freeze_stages=0, freeze_norm=False, unfreeze=()))
+    # What is drawn at random has to be learned: no frozen layers of a preset, or of a run file made for other weights,
+    # would ever be of use.
+    learn_all = [("train.freeze_stages", 0), ("train.freeze_norm", False), ("train.unfreeze", [])]
+    at_random = weights == NO_WEIGHTS and backbone is None
+    of_file = _flat(run_file.settings.items())
+    pairs = [*learn_all, *of_file] if run_file.weights == NO_WEIGHTS else [*of_file, *learn_all]
     try:
-        resolved = _change(resolved, _flat(run_file.settings))
+        resolved = _change(resolved, pairs if at_random else of_file)
     except ConfigError as error:
         raise ConfigError(f"{run_file.path}: {error.message}", error.hint) from None
-    return _change(resolved, [_split(setting) for setting in settings])
+    return _change(resolved, _flat(_split(setting) for setting in settings))
 
 
 def _wanted_input(file: BackboneFile, config: PreprocessConfig) -> PreprocessConfig:
@@ -106,12 +115,13 @@ def _preset_of(weights: str | None, classes: Classes) -> Preset:
     return replace(get_preset(config.preset, classes), detector=replace(config, classes=classes))
 
 
-def _flat(tables: Mapping[str, Any], where: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for name, value in tables.items():
-        dotted = f"{where}.{name}" if where else name
-        pairs += _flat(value, dotted) if isinstance(value, dict) else [(dotted, value)]
-    return pairs
+def _flat(pairs: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Part tables into their settings: what a table does not name stays as it is."""
+    flat: list[tuple[str, Any]] = []
+    for name, value in pairs:
+        inner = [(f"{name}.{key}", part) for key, part in value.items()] if isinstance(value, dict) else None
+        flat += [(name, value)] if inner is None else _flat(inner)
+    return flat
 
 
 def _change(resolved: Preset, pairs: Sequence[tuple[str, Any]]) -> Preset:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,7 @@ from refinedet_cli.engine.run_log import RunLog, StepReport
 from refinedet_cli.engine.run_record import BEST_FILE, CONFIG_FILE, LAST_FILE, STATE_FILE
 from refinedet_cli.engine.run_state import RunState, load_state, save_state
 from refinedet_cli.engine.watch import HealthReport
-from refinedet_cli.errors import ConfigError
+from refinedet_cli.errors import ConfigError, DeviceError
 from refinedet_cli.files import remove_leftovers
 from refinedet_cli.metrics.coco import CocoResult
 from refinedet_cli.zoo.checkpoint import LoadedDetector, save_checkpoint
@@ -59,8 +62,8 @@ class EvaluationReport:
     Attributes:
         step, epoch: done.
         result: the metric's numbers.
-        is_best: whether no evaluation before reached this AP.
-        best: the highest AP so far.
+        is_best: whether no evaluation before reached this AP; always, as long as none has one.
+        best: the highest AP so far; None where the validation pictures show no object.
         without_gain: evaluations in a row, this one included, that did not raise it.
         ends_run: whether the run stops here, for these were as many as `TrainConfig.patience` allows.
     """
@@ -69,7 +72,7 @@ class EvaluationReport:
     epoch: float
     result: CocoResult
     is_best: bool
-    best: float = 0.0
+    best: float | None = None
     without_gain: int = 0
     ends_run: bool = False
 
@@ -186,10 +189,12 @@ def train(
         ConfigError: the state to resume was made with another recipe or other data.
         NonFiniteError: a step or the weights after it were not finite.
         DataError: a picture cannot be read.
+        DeviceError: a process that loads pictures is lost.
     """
     run = _Run(detector, data, validation, config, options, on_progress)
     try:
-        return run.run()
+        with _loading_processes():
+            return run.run()
     except BaseException:
         run.folder.end("failed")
         raise
@@ -216,12 +221,39 @@ def rehearse(
     Raises:
         NonFiniteError: a step is not finite.
         DataError: a picture cannot be read.
+        DeviceError: a process that loads pictures is lost.
     """
-    return _Run(detector, data, None, config, options, _ignore).rehearse(enough, batches)
+    with _loading_processes():
+        return _Run(detector, data, None, config, options, _ignore).rehearse(enough, batches)
 
 
 def _ignore(report: Report) -> None:
     """Take no notice of progress."""
+
+
+def _repeatable() -> AbstractContextManager[None]:
+    """Take, of cuDNN's algorithms, only those that give the same gradients every time."""
+    tf32 = torch.backends.cudnn.allow_tf32
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32)
+
+
+@contextmanager
+def _loading_processes() -> Iterator[None]:
+    """Tell what became of a process that makes samples, which torch tells as an error wherever this one just is.
+
+    Raises:
+        DeviceError: one of them was killed, or a batch of theirs is lost.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(r"^DataLoader (worker|timed out)", str(error)):
+            raise
+        raise DeviceError(
+            f"a process that loads training pictures is lost: {error}",
+            "most often memory ran out: give fewer --workers or --no-cache; in a container, more shared memory "
+            "(docker run --shm-size)",
+        ) from None
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -255,6 +287,9 @@ class _Run:
         self.optimizer = make_optimizer(self.network, config)
         self.average = Average(self.network, config.ema_decay)
         self.settings = {"detector": to_dict(detector.config), "train": to_dict(config)}
+        self.records = {"provenance": {**options.provenance}, "record": {**options.record}}
+        self.order = hashlib.sha256(repr([record.file_name for record in data.records]).encode()).hexdigest()
+        self.validated_on = "" if validation is None else validation.fingerprint
         weights = repeat_factors(data, config.balance) if config.balance else None
         self.samples = TrainingSet(data, config.augment, config.seed, weights)
         self.plan = make_plan(len(data.records), detector.config.preprocess, config, weights)
@@ -289,7 +324,7 @@ class _Run:
         if self.options.resume:
             self._resume(self.processes.from_first(lambda: load_state(self.options.out / STATE_FILE)))
         if self.processes.first:
-            write_json(self.options.out / CONFIG_FILE, {**self.settings, **self.options.record})
+            write_json(self.options.out / CONFIG_FILE, {**self.settings, **self.records["record"]})
             device, precision = self.options.device, self.options.precision
             self.folder.begin(self.step, device=device, precision=precision, processes=self.processes.count)
         start, first = time.monotonic(), self.step
@@ -297,10 +332,7 @@ class _Run:
             if self.options.cache:
                 self._fill_cache()
             start = time.monotonic()
-            # Of cuDNN's algorithms, only those that give the same gradients every time.
-            with torch.backends.cudnn.flags(
-                enabled=True, benchmark=False, deterministic=True, allow_tf32=torch.backends.cudnn.allow_tf32
-            ):
+            with _repeatable():
                 finished = self._take_steps()
         except _Stopped:
             finished = False
@@ -349,11 +381,10 @@ class _Run:
 
     def _refuse_differences(self) -> None:
         """Demand that all processes do the same: on another machine, folders of one name may hold different data."""
-        validation = "" if self.validation is None else self.validation.fingerprint
         own = {
             "settings": repr(self.settings),
             "training data": self.data.fingerprint,
-            "validation data": validation,
+            "validation data": self.validated_on,
             "precision": self.options.precision,
             "version of refinedet": __version__,
         }
@@ -426,16 +457,17 @@ class _Run:
             self._fill_cache()
         seconds: list[float] = []
         since = time.perf_counter()
-        for batch in self._batches() if batches is None else batches:
-            # A rate so small that no step can diverge for want of the warm-up; a step costs the same at any rate.
-            self._optimise(batch, 1e-6)
-            if self.options.device.type == "cuda":
-                torch.cuda.synchronize(self.options.device)
-            now = time.perf_counter()
-            seconds.append(now - since)
-            since = now
-            if self.processes.any(enough(seconds)):
-                break
+        with _repeatable():
+            for batch in self._batches() if batches is None else batches:
+                # A rate so small that no step can diverge for want of the warm-up; a step costs the same at any rate.
+                self._optimise(batch, 1e-6)
+                if self.options.device.type == "cuda":
+                    torch.cuda.synchronize(self.options.device)
+                now = time.perf_counter()
+                seconds.append(now - since)
+                since = now
+                if self.processes.any(enough(seconds)):
+                    break
         slots = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         weights, average = (_bytes(tensors.values()) for tensors in (self.network.state_dict(), self.average.tensors))
         return Rehearsal(tuple(seconds), weights, weights + average + _bytes(slots))
@@ -474,8 +506,8 @@ class _Run:
         )
         self.result = evaluation.result
         self.evaluated, self.scores = True, {"AP": self.result.AP, "AP50": self.result.AP50}
-        ap = self.result.AP or 0.0
-        is_best = self.best is None or ap > self.best
+        ap = self.result.AP
+        is_best = self.best is None or (ap is not None and ap > self.best)
         self.without_gain = 0 if is_best else self.without_gain + 1
         if is_best:
             self.best, self.best_step, self.best_evaluation = ap, self.step, evaluation
@@ -486,8 +518,8 @@ class _Run:
                 self.log.best_classes(self.step, evaluation.scored_classes, self.result)
             self.folder.evaluation(self.step, self.result)
         ends_run = self.step < self.plan.steps and self._is_out_of_patience()
-        best = max(ap, self.best or 0.0)
-        self.on_progress(EvaluationReport(self.step, epoch, self.result, is_best, best, self.without_gain, ends_run))
+        report = EvaluationReport(self.step, epoch, self.result, is_best, self.best, self.without_gain, ends_run)
+        self.on_progress(report)
         self._save()
 
     def _stop_if_interrupted(self, _: object = None) -> None:
@@ -515,6 +547,9 @@ class _Run:
                 evaluated=self.evaluated,
                 scores=self.scores,
                 log=self.log.pending(),
+                order=self.order,
+                validation=self.validated_on,
+                start={name: told["start"] for name, told in self.records.items() if "start" in told},
             ),
         )
         self._save_all_weights()
@@ -527,7 +562,7 @@ class _Run:
 
     def _save_weights(self, name: str) -> None:
         provenance = {
-            **self.options.provenance,
+            **self.records["provenance"],
             "tool_version": __version__,
             "train": to_dict(self.config),
             "step": self.step,
@@ -548,11 +583,20 @@ class _Run:
                 f"{_first_difference(before, self.settings)}",
                 "give the same options to resume it, or start a new run from its last.safetensors with --weights",
             )
-        if state.data != self.data.fingerprint:
-            raise ConfigError(
-                f"the run in {self.options.out} was started on other training data",
-                "give the same data to resume it, or start a new run from its last.safetensors with --weights",
-            )
+        data = {
+            "on other training data": (state.data, self.data.fingerprint),
+            "on the training pictures in another order": (state.order, self.order),
+            "with other validation data": (state.validation, self.validated_on),
+        }
+        for what, (then, now) in data.items():
+            if then not in (None, now):
+                raise ConfigError(
+                    f"the run in {self.options.out} was started {what}",
+                    "give the same data to resume it, or start a new run from its last.safetensors with --weights",
+                )
+        # Who resumes a run may leave out what it began from.
+        for name, start in state.start.items():
+            self.records[name]["start"] = start
         self.network.load_state_dict(state.network)
         self.optimizer.load_state_dict(state.optimizer)
         self.average.tensors = {n: t.to(self.options.device) for n, t in state.ema.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +10,14 @@ from typing import Any
 from refinedet_cli.core.config import to_dict
 from refinedet_cli.core.presets import Preset
 from refinedet_cli.data.dataset import Dataset, join, remap
+from refinedet_cli.data.loading import PREFETCHED
 from refinedet_cli.data.source import find_splits, hold_out, open_dataset
 from refinedet_cli.engine import batch_size
+from refinedet_cli.engine.cores import usable_cores
 from refinedet_cli.engine.device import DeviceName, describe_device, select_device, select_precision
 from refinedet_cli.engine.distributed import ALONE, Processes
 from refinedet_cli.engine.dry_run import Forecast, forecast
+from refinedet_cli.engine.memory import free_memory, free_shared_memory
 from refinedet_cli.engine.preview import Preview, make_preview, save_sheet
 from refinedet_cli.engine.recipe import make_plan
 from refinedet_cli.engine.run_file import RunFile, read_run_file, relative_to_run
@@ -24,11 +26,15 @@ from refinedet_cli.engine.run_state import load_state
 from refinedet_cli.engine.start import NO_WEIGHTS, Start, resolve_config, start_detector
 from refinedet_cli.engine.tensorboard import require_tensorboard
 from refinedet_cli.engine.train import SAVE_EVERY_SECONDS, Report, RunOptions, TrainResult, train
-from refinedet_cli.errors import ConfigError, DataError, UsageError
+from refinedet_cli.errors import ConfigError, DataError, DeviceError, UsageError
 from refinedet_cli.zoo.backbone_weights import BackboneFile, find_backbone_weights
 
 HELD_OUT = 0.15
 NO_VALIDATION = "none"
+# More loading processes than these keep no device busier, and each takes memory.
+_MOST_WORKERS = 16
+# Of the shared memory that is free, what a run takes; the rest is for its neighbours.
+_SHARE_OF_SHARED = 0.8
 
 
 def never() -> bool:
@@ -178,19 +184,21 @@ def prepare(
     where = processes.device(select_device(device))
     precision = select_precision(resolved.train.precision, where)
     start = start_detector(resolved.detector, weights=wanted.weights, backbone=backbone, seed=resolved.train.seed)
+    loading, loading_notes = _loading_processes(workers, resolved, processes)
     notes = [
         f"train: {training.name}, {len(training.records)} pictures, {training.objects} objects, "
         f"{len(training.classes)} classes",
         validation_note,
         *training.notes,
         *start.notes,
+        *_note_of_no_objects(validation),
     ]
     folder = out or Path()
     options = RunOptions(
         out=folder,
         device=where,
         precision=precision,
-        workers=max(0, (os.cpu_count() or 1) // processes.on_machine - 1) if workers is None else workers,
+        workers=loading,
         cache=_fits_in_memory(training, processes.on_machine) if cache is None else cache,
         resume=resume,
         should_stop=never,
@@ -203,7 +211,10 @@ def prepare(
     )
     if find_batch:
         resolved, batch_notes = _with_found_batch(resolved, start, training, validation, options)
+        loading, loading_notes = _loading_processes(workers, resolved, processes)
+        options = replace(options, workers=loading)
         notes += batch_notes
+    notes += loading_notes
     notes.append(f"run: {_run_line(resolved, len(training.records))}, {describe_device(where)}, {precision}")
     return TrainingSession(resolved, start, training, validation, options, tuple(notes), out is not None)
 
@@ -291,6 +302,15 @@ def _part(training: Dataset, wanted: _Wanted, seed: int) -> tuple[Dataset, Datas
     return training, found, f"validation: {found.name}, {len(found.records)} pictures"
 
 
+def _note_of_no_objects(validation: Dataset | None) -> list[str]:
+    if validation is None or any(not r.crowd.all() for r in validation.records if len(r)):
+        return []
+    return [
+        f"validation: no object in {validation.name}, so there is no AP and the newest weights count as best; "
+        f"name other data with --val"
+    ]
+
+
 def _run_line(resolved: Preset, pictures: int) -> str:
     preprocess, config = resolved.detector.preprocess, resolved.train
     plan = make_plan(pictures, preprocess, config)
@@ -303,8 +323,31 @@ def _run_line(resolved: Preset, pictures: int) -> str:
 def _fits_in_memory(dataset: Dataset, times: int) -> bool:
     """Tell whether the decoded pictures take, so many times, at most a quarter of the memory that is free now."""
     needed = times * sum(r.width * r.height * 3 for r in dataset.records)
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return False
-    return needed * 4 <= free
+    free = free_memory()
+    return free is not None and needed * 4 <= free
+
+
+def _loading_processes(wanted: int | None, resolved: Preset, processes: Processes) -> tuple[int, list[str]]:
+    """Choose how many processes make samples for each that trains, as many as shared memory has room for.
+
+    Returns:
+        their number, and what there is to say of it.
+
+    Raises:
+        DeviceError: there is no room for so many as are wanted.
+    """
+    usual = min(_MOST_WORKERS, max(0, usable_cores() // processes.on_machine - 1))
+    free = free_shared_memory()
+    if free is None:
+        return (usual if wanted is None else wanted), []
+    config, size = resolved.train, resolved.detector.preprocess
+    # Each batch in turn is in the hands of whoever trains, beside those that wait.
+    ready = -(-config.batch // processes.count) * size.height * size.width * 3 * 4
+    room = max(0, int(_SHARE_OF_SHARED * free) // processes.on_machine // ready - 1) // PREFETCHED
+    told = f"loading processes hand batches over in /dev/shm, where {free / 1e6:,.0f} MB are free"
+    cure = "give a container more (docker run --shm-size=2g)"
+    if wanted is None:
+        return min(usual, room), [f"workers: {room} in place of {usual}; {told}; {cure}"] if room < usual else []
+    if wanted > room:
+        raise DeviceError(f"--workers {wanted}: {told}, enough for {room}", f"take --workers {room}, or {cure}")
+    return wanted, []

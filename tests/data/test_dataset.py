@@ -198,3 +198,20 @@ def test_joining_keeps_every_object_under_its_class_and_renumbers_ids() -> None:
     assert more.classes == Classes(names=("sofa", "cat", "dog"), category_ids=(1, 2, 3))
     assert more.records[1].labels.tolist() == [3]
     assert more.name == "a + c"
+
+
+def test_joining_makes_no_two_classes_of_one_data_set_one(make_record) -> None:
+    def dataset(name: str, *names: str) -> Dataset:
+        classes = Classes(names=names, category_ids=tuple(range(1, len(names) + 1)))
+        boxes = [[0, 0, 5, 5]] * len(names)
+        record = make_record(Path(f"{name}.png"), boxes, labels=range(1, len(names) + 1))
+        return Dataset(name, classes, (record,))
+
+    letters = ("A", "a", "zone-1", "zone_1")
+    joined = join([dataset("one", *letters), dataset("two", *letters[::-1]), dataset("three", "Zone 1", "b")])
+    assert joined.classes.names == (*letters, "b")
+    assert [r.labels.tolist() for r in joined.records] == [[1, 2, 3, 4], [4, 3, 2, 1], [3, 5]]
+    # "A" is taken by its own name, so "a" is another class, and so is the second of two that look like one.
+    joined = join([dataset("one", "A"), dataset("two", "a", "A"), dataset("three", "b"), dataset("four", "B", "B ")])
+    assert joined.classes.names == ("A", "a", "b", "B ")
+    assert [r.labels.tolist() for r in joined.records] == [[1], [2, 1], [3], [3, 4]]

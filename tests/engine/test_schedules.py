@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, TrainConfig
@@ -81,7 +82,7 @@ NUMBERS = evaluate_coco(
 )
 
 
-def score(values: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def score(values: Sequence[float | None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Have evaluations reach these APs, one after the other."""
     coming = iter(values)
 
@@ -108,6 +109,18 @@ def test_a_run_ends_when_ap_no_longer_rises(four_squares, tmp_path, monkeypatch,
     assert {"best.safetensors", "last.safetensors"} <= {p.name for p in tmp_path.iterdir()}
     with (tmp_path / "metrics.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 6
+
+
+def test_where_nothing_can_be_scored_the_newest_weights_are_best(four_squares, tmp_path, monkeypatch, run):
+    score([None] * 5, monkeypatch)
+    reports: list[training.Report] = []
+    recipe = preset(**{**PATIENT, "epochs": 5})
+    result = run(four_squares, recipe, tmp_path, validation=four_squares, on_progress=reports.append)
+    evaluations = [r for r in reports if isinstance(r, EvaluationReport)]
+    assert [(r.is_best, r.without_gain, r.best) for r in evaluations] == [(True, 0, None)] * 5
+    assert (result.finished, result.ended_early, result.steps, result.best) == (True, False, 10, None)
+    best, last = (load_file(tmp_path / f"{name}.safetensors") for name in ("best", "last"))
+    torch.testing.assert_close(best, last, rtol=0, atol=0)
 
 
 def test_without_patience_a_run_goes_to_its_end(four_squares, tmp_path, monkeypatch, run):

@@ -489,3 +489,32 @@ def test_random_weights_are_not_frozen_unless_asked():
     assert (resolved(None).freeze_stages, resolved(None).freeze_norm) == (2, True)
     assert (resolved("none").freeze_stages, resolved("none").freeze_norm) == (0, False)
     assert resolved("none", "train.freeze_stages=1").freeze_stages == 1
+
+
+def test_a_run_file_for_other_weights_does_not_freeze_random_ones(tmp_path):
+    file = written(tmp_path / "run.toml", "[train]\nfreeze_stages = 2\nlr = 0.5\n")
+    assert resolve(weights="none", file=file).train.freeze_stages == 0
+    assert resolve(weights="none", file=file).train.lr == 0.5
+    assert resolve("train.freeze_stages=1", weights="none", file=file).train.freeze_stages == 1
+    assert resolve(weights=None, file=file).train.freeze_stages == 2
+    asked = written(tmp_path / "none.toml", "[start]\nweights = 'none'\n[train]\nfreeze_stages = 2\n")
+    assert resolve(weights="none", file=asked).train.freeze_stages == 2
+
+
+def test_a_network_of_one_preset_does_not_go_under_the_name_of_another(tmp_path):
+    file = tmp_path / "config.json"
+    resolved = get_preset("ssd320_mobilenetv2", TWO)
+    file.write_text(json.dumps({"detector": to_dict(resolved.detector), "train": to_dict(resolved.train)}))
+    assert resolve(preset=None, file=file) == resolve(preset="ssd320_mobilenetv2", file=file) == resolved
+    with pytest.raises(ConfigError, match=r"--preset tiny does not go with .*config\.json, whose network is of ssd320"):
+        resolve(preset="tiny", file=file)
+
+
+def test_a_table_changes_what_it_names_and_nothing_else():
+    base = resolve()
+    changed = resolve('train={"lr": 0.5, "augment": {"hue": 1}}', "loss={neg_ratio = 2}")
+    augment = replace(base.train.augment, hue=1.0)
+    assert changed.train == replace(base.train, lr=0.5, augment=augment)
+    assert changed.detector == replace(base.detector, loss=replace(base.detector.loss, neg_ratio=2.0))
+    with pytest.raises(ConfigError, match="unknown setting 'train.augment.hues'"):
+        resolve("train={augment = {hues = 1}}")

@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +21,7 @@ from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, TrainConfig
 from refinedet_cli.core.layers import L2Norm
 from refinedet_cli.core.presets import Preset, refinedet320_vgg16, tiny
+from refinedet_cli.data import loading
 from refinedet_cli.data.dataset import Dataset
 from refinedet_cli.data.source import open_dataset
 from refinedet_cli.engine import train as training
@@ -24,7 +29,7 @@ from refinedet_cli.engine.recipe import input_sizes, learning_rate, make_optimiz
 from refinedet_cli.engine.run_log import StepReport
 from refinedet_cli.engine.run_state import load_state, save_state
 from refinedet_cli.engine.train import EvaluationReport, Report, RunOptions, TrainResult, rehearse, train
-from refinedet_cli.errors import CheckpointError, ConfigError, GateError
+from refinedet_cli.errors import CheckpointError, ConfigError, DeviceError, GateError
 from refinedet_cli.zoo.checkpoint import load_detector
 
 MakeOptions = Callable[..., RunOptions]
@@ -97,8 +102,48 @@ def test_resume_refuses_another_recipe_other_data_and_an_empty_folder(
         run(squares, preset(epochs=1, lr=0.002), again)
     with pytest.raises(ConfigError, match="other training data"):
         run(replace(squares, records=squares.records[:11]), recipe, again)
+    with pytest.raises(ConfigError, match="in another order"):
+        run(replace(squares, records=squares.records[::-1]), recipe, again)
+    with pytest.raises(ConfigError, match="other validation data"):
+        run(squares, recipe, again, validation=squares)
     with pytest.raises(CheckpointError, match="nothing to resume"):
         run(squares, recipe, run_options(tmp_path / "new", resume=True))
+
+
+def test_a_resumed_run_keeps_the_record_of_its_start(
+    squares: Dataset, tmp_path: Path, run_options: MakeOptions
+) -> None:
+    told = {"provenance": {"start": {"weights": "a"}, "seed": 0}, "record": {"data": 1, "start": {"weights": "x/a"}}}
+    run(squares, preset(), run_options(tmp_path, should_stop=lambda: True, **told))
+    other = {"provenance": {"start": {"weights": "b"}, "seed": 0}, "record": {"data": 2, "start": {"weights": "b"}}}
+    assert run(squares, preset(), run_options(tmp_path, resume=True, **other)).finished
+    assert load_detector(tmp_path / "last.safetensors").provenance["start"] == {"weights": "a"}
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["data"], written["start"]) == (2, {"weights": "x/a"})
+
+
+def test_a_loading_process_that_is_killed_ends_the_run_with_its_cause(
+    squares: Dataset, tmp_path: Path, run_options: MakeOptions
+) -> None:
+    def kill() -> bool:
+        for process in multiprocessing.active_children():
+            os.kill(process.pid or 0, signal.SIGKILL)
+        return False
+
+    options = run_options(tmp_path, workers=1, should_stop=kill)
+    with pytest.raises(DeviceError, match=r"loads training pictures is lost: DataLoader worker") as caught:
+        run(squares, preset(epochs=30), options)
+    assert "--workers" in (caught.value.hint or "")
+    assert load_state(tmp_path / "state.pt").step >= 1
+
+
+def test_a_batch_that_is_lost_does_not_keep_the_run_waiting_for_ever(
+    squares: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_options: MakeOptions
+) -> None:
+    monkeypatch.setattr(loading, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(loading, "_collate_guarded", lambda samples: time.sleep(5))
+    with pytest.raises(DeviceError, match="timed out after 0.5 seconds"):
+        run(squares, preset(epochs=1), run_options(tmp_path, workers=1))
 
 
 def test_the_folder_holds_weights_logs_and_config(squares: Dataset, tmp_path: Path, run_options: MakeOptions) -> None:

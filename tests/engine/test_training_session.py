@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, to_dict
 from refinedet_cli.core.presets import tiny
+from refinedet_cli.data.loading import PREFETCHED
 from refinedet_cli.engine import training_session
 from refinedet_cli.engine.batch_size import FoundBatch
 from refinedet_cli.engine.training_session import TrainingSession
-from refinedet_cli.errors import ConfigError, UsageError
+from refinedet_cli.errors import ConfigError, DeviceError, UsageError
 from refinedet_cli.zoo.checkpoint import save_checkpoint
 
 
@@ -120,6 +121,48 @@ def test_data_of_the_options_does_not_keep_the_validation_of_the_file(project):
     assert session.settings["data"]["val"] == []
     named = prepare(data=["sets/two/train.json"], val="sets/one/train.json")
     assert (len(named.data.records), len(named.validation.records)) == (3, 4)
+
+
+def test_loading_processes_fit_the_machine_and_its_shared_memory(project, monkeypatch):
+    monkeypatch.setattr(training_session, "usable_cores", lambda: 64)
+    batch = 2 * 3 * 64 * 64 * 4  # bytes
+
+    def free(batches: float) -> None:
+        monkeypatch.setattr(training_session, "free_shared_memory", lambda: int(batches * batch / 0.8) + 1)
+
+    free(1000)
+    assert prepare(workers=None).options.workers == 16
+    assert prepare(workers=20).options.workers == 20
+    free(2 * PREFETCHED + 1)
+    session = prepare(workers=None)
+    assert session.options.workers == 2
+    assert any("workers: 2 in place of 16" in note and "/dev/shm" in note for note in session.notes)
+    assert prepare(workers=2).options.workers == 2
+    with pytest.raises(DeviceError, match=r"--workers 3: .*/dev/shm, where .* MB are free, enough for 2") as caught:
+        prepare(workers=3)
+    assert "--shm-size" in (caught.value.hint or "")
+    free(0.5)
+    assert prepare(workers=None).options.workers == prepare(workers=0).options.workers == 0
+    monkeypatch.setattr(training_session, "free_shared_memory", lambda: None)  # no such limit
+    assert prepare(workers=20).options.workers == 20
+    monkeypatch.setattr(training_session, "usable_cores", lambda: 3)
+    session = prepare(workers=None)
+    assert session.options.workers == 2
+    assert not any(note.startswith("workers") for note in session.notes)
+
+
+def test_pictures_are_kept_in_memory_where_a_quarter_of_what_is_free_holds_them(project, monkeypatch):
+    decoded = 7 * 64 * 64 * 3
+    for free, cached in ((4 * decoded, True), (4 * decoded - 1, False), (None, False)):
+        monkeypatch.setattr(training_session, "free_memory", lambda free=free: free)
+        assert prepare().options.cache is cached
+
+
+def test_validation_without_an_object_is_told(project):
+    data = json.loads(Path("sets/two/train.json").read_text())
+    Path("sets/two/empty.json").write_text(json.dumps({**data, "annotations": []}))
+    assert any("there is no AP" in note for note in prepare(val="sets/two/empty.json").notes)
+    assert not any("there is no AP" in note for note in prepare().notes)
 
 
 def test_no_validation_trains_on_everything(project):
