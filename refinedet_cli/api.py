@@ -140,7 +140,8 @@ class Detector:
             weights: a file, the folder of a run, a bundled model's name, or ``org/repo[@revision][:file]`` on the
                 Hugging Face Hub; None is the bundled detector.
             device: where to compute; "auto" takes the fastest there is.
-            precision: number format of the network; None is fp32.
+            precision: number format of the network; None is that of ``refinedet detect``: bf16 where the
+                device multiplies it natively, else fp32.
             multi_scale: a schedule's name or file; None looks at each picture once.
             offline: do not use the network.
 
@@ -151,7 +152,11 @@ class Detector:
         with network(offline=offline):
             name = None if weights is None else str(weights)
             chosen = select_device(device)
-            return cls(open_predictor(name, device=chosen, precision=precision, multi_scale=multi_scale))
+            return cls(
+                open_predictor(
+                    name, device=chosen, precision=precision, usual_precision="auto", multi_scale=multi_scale
+                )
+            )
 
     @classmethod
     def from_pretrained(
@@ -169,7 +174,8 @@ class Detector:
             repo: ``org/repo``, or a bundled model's name.
             revision: branch, tag or commit of the repository.
             device: where to compute.
-            precision: number format of the network; None is fp32.
+            precision: number format of the network; None is that of ``refinedet detect``: bf16 where the
+                device multiplies it natively, else fp32.
             offline: do not use the network.
 
         Raises:

@@ -108,7 +108,7 @@ def test_the_command_finds_the_same(hub, run, weights, pictures, tmp_path, where
     hub.put("acme/signs", {"model.safetensors": weights.read_bytes()})
     name = str(weights) if where == "file" else "acme/signs"
     detector = Detector.load(name) if where == "file" else Detector.from_pretrained(name)
-    options = ("--weights", name, "--score", SCORE, "--precision", "fp32")
+    options = ("--weights", name, "--score", SCORE)
     assert run("detect", pictures[0].parent, *options, "--out", tmp_path / "found").code == 0
     document = json.loads((tmp_path / "found" / "detections.json").read_text())
     keys = ("image_id", "category_id", "bbox", "score")

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from refinedet_cli.engine.anchors import AnchorReport, Group, LevelUse
 
 _DEFAULT_WORKERS = 4
+# Where --visualize draws without --out.
+_DRAWN = "anchors"
 _CLASSES_SHOWN = 12
 
 
@@ -64,7 +66,9 @@ def anchors(
     visualize: Annotated[
         bool,
         typer.Option(
-            "--visualize", help="Draw charts and pictures, and one page of them, into --out.", rich_help_panel=OUTPUT
+            "--visualize",
+            help=f"Draw charts and pictures, and one page of them, into --out, or else {_DRAWN}/.",
+            rich_help_panel=OUTPUT,
         ),
     ] = False,
     json: JsonOpt = False,
@@ -118,7 +122,9 @@ def anchors(
     anchors.json.
     """
     output = Output(json=json, quiet=quiet)
-    _check(out, weights, preset, config, settings, visualize=visualize)
+    if visualize and out is None:
+        out = Path(_DRAWN)
+    _check(out, weights, preset, config, settings)
 
     from refinedet_cli.engine.anchor_study import StudyOptions, study_anchors
 
@@ -164,11 +170,7 @@ def _check(
     preset: str | None,
     config: Path | None,
     settings: Sequence[str] | None,
-    *,
-    visualize: bool,
 ) -> None:
-    if visualize and out is None:
-        raise UsageError("--visualize needs a folder to draw into", "name it with --out")
     refuse_file(out)
     named = {"--preset": preset, "--config": config, "--set": settings}
     given = [option for option, value in named.items() if value]

@@ -174,6 +174,8 @@ def export(
         dataset=_open(dataset, split, images, root),
         calibration=find_images(calibrate) if calibrate else (),
     )
+    for note in () if options.dataset is None else options.dataset.notes:
+        output.note(note)
     chosen = resolve_weights(on_disk(output, weights, offline=offline))
     with output.progress("Exporting") as bars:
         task = bars.add_task("", total=None)
@@ -187,6 +189,11 @@ def export(
         output.note(f"{result.files[-1].name} keeps {pictures}, to prove the file again with --check")
     elif result.proof.holds:
         output.warn("none of the pictures could be kept shrunk, so --check will have nothing to prove the file on")
+    if (accuracy := result.proof.accuracy) is not None:
+        if accuracy.change is None:
+            output.warn(f"there is no AP on {accuracy.dataset}: none of its objects can be scored")
+        elif not accuracy.complete:
+            output.warn(f"not every object of {accuracy.dataset} was scored: the AP is not the data set's")
     output.result(_document(result), *_tables(result))
     _judge(result.proof, "nothing was written")
 
@@ -277,6 +284,7 @@ def _proof_document(proof: Proof) -> dict[str, Any]:
             "AP_checkpoint": accuracy.reference,
             "AP_exported": accuracy.candidate,
             "change": accuracy.change,
+            "complete": accuracy.complete,
         },
     }
 
@@ -314,10 +322,17 @@ def _proof_table(proof: Proof) -> Table:
         table.add_row("Largest score shift", f"{agreement.score_shift:.2g}", limit)
     if proof.accuracy is not None:
         accuracy = proof.accuracy
-        table.add_row(f"AP on {accuracy.dataset}, checkpoint", f"{accuracy.reference:.4f}", "")
-        table.add_row(f"AP on {accuracy.dataset}, exported", f"{accuracy.candidate:.4f}", f"{-tolerance.ap:+g}")
-        table.add_row("Change of AP", f"{accuracy.change:+.5f}", "")
+        what = "AP" if accuracy.complete else "AP of the shared classes"
+        table.add_row(f"{what} on {accuracy.dataset}, checkpoint", _number(accuracy.reference, ".4f"), "")
+        table.add_row(
+            f"{what} on {accuracy.dataset}, exported", _number(accuracy.candidate, ".4f"), f"{-tolerance.ap:+g}"
+        )
+        table.add_row("Change of AP", _number(accuracy.change, "+.5f"), "")
     return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _verdict(proof: Proof, what: str) -> Text:

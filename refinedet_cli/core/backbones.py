@@ -234,7 +234,7 @@ class Timm(nn.Module):
     """A network of the timm package, read at its last maps of strides 8, 16 and 32, and one extra level.
 
     Any network serves that gives feature maps at these strides whatever the size of the picture. Its weights are drawn,
-    never fetched.
+    never fetched, and none of its layers is dropped at random.
     """
 
     channels: tuple[int, int, int, int]
@@ -243,6 +243,7 @@ class Timm(nn.Module):
         super().__init__()
         self.body, self._maps = _timm_body(name)
         _replace_strided_depthwise(self.body)
+        _keep_everything(self.body)
         watched = _watch(self.body, name)
         found = [watched.shapes[i] for i in self._maps]
         for stride, shape in zip(_TIMM_STRIDES, found, strict=True):
@@ -266,6 +267,16 @@ class Timm(nn.Module):
     def stages(self) -> list[nn.Module]:
         """Group the layers by the stride of what they give; a first layer of stride 4 leaves no stage at 2."""
         return [nn.ModuleList(self.body.get_submodule(name) for name in names) for names in self._stages]
+
+
+def _keep_everything(body: nn.Module) -> None:
+    """Switch off what drops activations or whole layers at random: one seed is to give one result, resumed or not."""
+    module: Any
+    for module in body.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif hasattr(module, "drop_prob"):  # timm's DropPath, DropBlock2d and their like
+            module.drop_prob = 0.0
 
 
 _TIMM_STRIDES = (8, 16, 32)

@@ -119,11 +119,13 @@ class Parts(NamedTuple):
         fitted: most of the data.
         held_out: the rest.
         how: they were parted, for people.
+        notes: of what those that judge lost when they were read.
     """
 
     fitted: Dataset
     held_out: Dataset
     how: str
+    notes: tuple[str, ...] = ()
 
 
 class Look(NamedTuple):
@@ -295,7 +297,8 @@ def _search(
         budget=options.budget,
         seed=seed,
     )
-    return _Searched(found, (held_out, parts.held_out), [])
+    notes = [f"{parts.held_out.name}: {note}" for note in parts.notes]
+    return _Searched(found, (held_out, parts.held_out), notes)
 
 
 def compare_looks(
@@ -383,7 +386,7 @@ def part_data(dataset: Dataset, source: str, *, images: Path | None, root: Path 
     """
     if "val" in find_splits(source, root=root):
         held_out = remap(open_dataset(source, split="val", images=images, root=root), dataset.classes)
-        return Parts(dataset, held_out, f"those of {held_out.name}")
+        return Parts(dataset, held_out, f"those of {held_out.name}", held_out.notes)
     if len({record.file_name for record in dataset.records}) < 2:
         return None
     if all(record.path.is_file() for record in dataset.records):

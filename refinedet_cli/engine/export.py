@@ -184,7 +184,7 @@ def prove(
             golden.consider(a.file_name, partial(read_image, record.path), a.detections)
             seen.append((a.file_name, a.detections, b.detections))
         before, after = score_coco(first).AP, score_coco(second).AP
-        accuracy = None if before is None or after is None else Accuracy(dataset.name, before, after)
+        accuracy = Accuracy(dataset.name, before, after, first.complete)
 
     def looked_at() -> Iterator[tuple[str, Detections, Detections]]:
         yield from seen

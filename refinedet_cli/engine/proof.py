@@ -80,16 +80,23 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """AP of both detectors on annotated pictures."""
+    """AP of both detectors on annotated pictures.
+
+    Attributes:
+        dataset: its name.
+        reference, candidate: the AP; both None where no object can be scored.
+        complete: whether every object of the data set is scored as the class it has there; see `Collected`.
+    """
 
     dataset: str
-    reference: float
-    candidate: float
+    reference: float | None
+    candidate: float | None
+    complete: bool
 
     @property
-    def change(self) -> float:
+    def change(self) -> float | None:
         """AP gained; below 0 where it was lost."""
-        return self.candidate - self.reference
+        return None if self.candidate is None or self.reference is None else self.candidate - self.reference
 
 
 @dataclass(frozen=True)
@@ -132,8 +139,9 @@ def judge(agreement: Agreement, accuracy: Accuracy | None, tolerance: Tolerance)
             f"scores differ by up to {agreement.score_shift:.2g}, more than {tolerance.score:g} "
             f"(worst picture: {agreement.worst})"
         )
-    if accuracy is not None and -accuracy.change > tolerance.ap:
-        failures.append(f"AP falls by {-accuracy.change:.4f}, more than {tolerance.ap:g}")
+    loss = 0.0 if accuracy is None or accuracy.change is None else -accuracy.change
+    if loss > tolerance.ap:
+        failures.append(f"AP falls by {loss:.4f}, more than {tolerance.ap:g}")
     return Proof(agreement, accuracy, tolerance, tuple(failures))
 
 

@@ -27,7 +27,7 @@ from refinedet_cli.data.dataset import match_classes
 from refinedet_cli.engine.recipe import input_sizes
 from refinedet_cli.engine.run_file import RunFile
 from refinedet_cli.engine.warm_start_notes import explain, parts_line
-from refinedet_cli.errors import CheckpointError, ConfigError
+from refinedet_cli.errors import CheckpointError, ConfigError, UsageError
 from refinedet_cli.zoo.backbone_weights import BackboneFile, load_backbone
 from refinedet_cli.zoo.checkpoint import load_detector, read_header
 from refinedet_cli.zoo.hub import resolve_weights
@@ -78,6 +78,7 @@ def resolve_config(
 
     Raises:
         ConfigError: an unknown name, or a value that does not fit.
+        UsageError: a pair that is none.
     """
     if preset is not None and run_file.preset not in (None, preset) and "network" in run_file.settings:
         raise ConfigError(
@@ -126,13 +127,24 @@ def _flat(pairs: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 def _change(resolved: Preset, pairs: Sequence[tuple[str, Any]]) -> Preset:
     """Change settings together: what they end up as has to be valid, not each step on the way."""
-    document = {**to_dict(resolved.detector), "train": to_dict(resolved.train)}
+    document = _document(resolved)
     for name, value in pairs:
         _put(document, name, value)
     train = from_dict(TrainConfig, document.pop("train"), where="train")
     detector = from_dict(DetectorConfig, document)
     _check_small_input(detector, train)
     return Preset(detector=detector, train=train)
+
+
+def changes_of(resolved: Preset) -> list[str]:
+    """List what a config has changed of its preset as ``name=value`` pairs, which ``--set`` would take."""
+    usual = dict(_flat(_document(get_preset(resolved.detector.preset, resolved.detector.classes)).items()))
+    changed = [(n, v) for n, v in _flat(_document(resolved).items()) if n not in usual or usual[n] != v]
+    return [f"{name}={json.dumps(value)}" for name, value in changed]
+
+
+def _document(resolved: Preset) -> dict[str, Any]:
+    return {**to_dict(resolved.detector), "train": to_dict(resolved.train)}
 
 
 def _check_small_input(detector: DetectorConfig, train: TrainConfig) -> None:
@@ -164,7 +176,7 @@ def _put(document: dict[str, Any], name: str, value: Any) -> None:
 def _split(setting: str) -> tuple[str, Any]:
     name, equals, text = setting.partition("=")
     if not equals:
-        raise ConfigError(f"--set {setting!r} has no value", "write it as name=value, such as train.lr=0.01")
+        raise UsageError(f"--set {setting!r} has no value", "write it as name=value, such as train.lr=0.01")
     return name.strip(), _parse(text.strip())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from refinedet_cli.engine.recipe import make_plan
 from refinedet_cli.engine.run_file import RunFile, read_run_file, relative_to_run
 from refinedet_cli.engine.run_record import LAST_FILE, STATE_FILE
 from refinedet_cli.engine.run_state import load_state
-from refinedet_cli.engine.start import NO_WEIGHTS, Start, resolve_config, start_detector
+from refinedet_cli.engine.start import NO_WEIGHTS, Start, changes_of, resolve_config, start_detector
 from refinedet_cli.engine.tensorboard import require_tensorboard
 from refinedet_cli.engine.train import SAVE_EVERY_SECONDS, Report, RunOptions, TrainResult, train
 from refinedet_cli.errors import ConfigError, DataError, DeviceError, UsageError
@@ -175,7 +176,7 @@ def prepare(
     if not any(len(r.boxes) for r in training.records):
         raise DataError(f"{training.name}: no picture has an object to learn", "check the annotations")
     resolved, backbone = _resolve(training, preset, wanted, run_file, settings)
-    training, validation, validation_note = _part(training, wanted, resolved.train.seed)
+    training, validation, validation_notes = _part(training, wanted, resolved.train.seed)
     if resolved.train.patience and validation is None:
         raise ConfigError(
             "train.patience counts evaluations, and there is nothing to validate on",
@@ -188,11 +189,14 @@ def prepare(
     notes = [
         f"train: {training.name}, {len(training.records)} pictures, {training.objects} objects, "
         f"{len(training.classes)} classes",
-        validation_note,
+        *validation_notes,
         *training.notes,
+        *_note_of_crowds(training),
         *start.notes,
         *_note_of_no_objects(validation),
     ]
+    changed = ", ".join(textwrap.shorten(change, 60, placeholder=" ...") for change in changes_of(resolved))
+    notes += [f"settings other than the preset's: {changed}"] if changed else []
     folder = out or Path()
     options = RunOptions(
         out=folder,
@@ -287,19 +291,26 @@ def _resolve(
     return resolve_config(data.classes, preset, NO_WEIGHTS, run_file, settings, backbone=backbone), backbone
 
 
-def _part(training: Dataset, wanted: _Wanted, seed: int) -> tuple[Dataset, Dataset | None, str]:
+def _part(training: Dataset, wanted: _Wanted, seed: int) -> tuple[Dataset, Dataset | None, list[str]]:
     """Find the validation pictures: those named, those the data has of its own, or some held out of it."""
     if wanted.val == (NO_VALIDATION,):
-        return training, None, "validation: none"
+        return training, None, ["validation: none"]
     sources = wanted.val
     if not sources:
         sources = tuple(s for s in wanted.data if "val" in find_splits(s, root=wanted.root))
     if not sources:
         rest, held_out = hold_out(training, fraction=HELD_OUT, seed=seed)
-        return rest, held_out, f"validation: {len(held_out.records)} pictures held out of {training.name}"
+        return rest, held_out, [f"validation: {len(held_out.records)} pictures held out of {training.name}"]
     found = join([open_dataset(s, split="val", images=wanted.images, root=wanted.root) for s in sources])
-    found = remap(found, training.classes)
-    return training, found, f"validation: {found.name}, {len(found.records)} pictures"
+    # Scored as it is, so that the score tells what it is of.
+    notes = remap(found, training.classes).notes
+    line = f"validation: {found.name}, {len(found.records)} pictures"
+    return training, found, [line, *(f"validation: {note}" for note in notes)]
+
+
+def _note_of_crowds(training: Dataset) -> list[str]:
+    crowds = sum(int(r.crowd.sum()) for r in training.records)
+    return [f"{crowds:,} boxes around crowds are left out of training"] if crowds else []
 
 
 def _note_of_no_objects(validation: Dataset | None) -> list[str]:

@@ -168,17 +168,18 @@ def test_everything_is_drawn(run: Run, pictured: Path, weights: Path, tmp_path: 
     assert "What refinement buys" in (tmp_path / "anchors.html").read_text()
 
 
-def test_absent_pictures_are_told(anchors: Run, data: Path, tmp_path: Path) -> None:
-    code, _, stderr = anchors(data, "--visualize", "--no-search", "--out", tmp_path)
+def test_absent_pictures_are_told(anchors: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, stderr = anchors(data, "--visualize", "--no-search")
     assert code == 0
     assert "warning: no picture of the data is on disk, so none is drawn" in stderr
-    assert (tmp_path / "anchors.html").is_file()
+    assert (tmp_path / "anchors" / "anchors.html").is_file()
+    assert f"wrote {Path('anchors') / 'anchors.json'}" in stderr
 
 
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (["--visualize"], 2, "--visualize needs a folder"),
         (["--budget", "3"], 2, "--budget 3 is less than one anchor in every cell"),
         (["--budget", "many"], 2, "--budget"),
         (["--min-recall", "95"], 2, "--min-recall"),

@@ -226,7 +226,7 @@ def test_a_folder_with_a_run_is_neither_overwritten_nor_resumed_unasked(run, dat
     ("extra", "code", "said"),
     [
         pytest.param(("--set", "train.lr=-1"), 3, "train.lr must be positive", id="out of range"),
-        pytest.param(("--set", "train.lr"), 3, "has no value", id="no value"),
+        pytest.param(("--set", "train.lr"), 2, "has no value", id="no value"),
         pytest.param(("--set", "loss.nonsense=1"), 3, "unknown setting", id="unknown setting"),
         pytest.param(("--preset", "yolo"), 3, "no preset is called 'yolo'", id="unknown preset"),
         pytest.param(("--config", "nowhere.toml"), 3, "nowhere.toml", id="missing run file"),

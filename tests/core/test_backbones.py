@@ -210,6 +210,15 @@ def test_a_detector_on_a_network_of_timm_trains_and_is_rebuilt_from_its_config(t
             assert_close(found, wanted, rtol=0, atol=0)
 
 
+def test_nothing_of_timm_s_networks_is_dropped_at_random(timm):
+    assert any(m.drop_prob for m in timm.create_model("nextvit_small").modules() if hasattr(m, "drop_prob"))
+    backbone = seeded("timm/nextvit_small")
+    images = images_of(2, 3, 64, 64)
+    with torch.no_grad():
+        for first, second in zip(backbone(images), backbone(images), strict=True):
+            assert_close(first, second, rtol=0, atol=0)
+
+
 def test_timm_s_strided_depthwise_convolutions_compute_the_same(timm):
     backbone = seeded("timm/mobilenetv3_small_050")
     strided = [m for m in backbone.modules() if isinstance(m, StridedDepthwise)]

@@ -197,6 +197,20 @@ def test_parts_of_a_step_add_up_to_the_step(
     assert_same_run(tmp_path, whole[0])
 
 
+def test_layers_of_timm_that_lead_nowhere_do_not_end_the_run(
+    group: Group, data: Dataset, tmp_path: Path, alone: Alone
+) -> None:
+    pytest.importorskip("timm", reason="the extra timm is not installed")
+    preset = recipe(data, steps=2, freeze_stages=0, unfreeze=())
+    network = replace(preset.detector.network, backbone="timm/hrnet_w18_small")
+    preset = replace(preset, detector=replace(preset.detector, network=network))
+    ended = group(2, "train", data, None, preset, tmp_path / "run", {})
+    assert [e.code for e in ended] == [0, 0], [e.stderr for e in ended]
+    alone(data, preset, tmp_path / "whole")
+    for found, expected in zip(log_of(tmp_path / "run"), log_of(tmp_path / "whole"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
 def test_running_statistics_are_those_of_all_pictures(
     group: Group, data: Dataset, tmp_path: Path, alone: Alone
 ) -> None:

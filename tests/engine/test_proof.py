@@ -161,10 +161,10 @@ LOOSE = Tolerance(above=0.3, iou=0.5, score=0.01, unmatched=0.02, ap=0.01)
 
 
 def test_what_is_within_holds():
-    proof = judge(GOOD, Accuracy("data", 0.5, 0.5), LOOSE)
+    proof = judge(GOOD, Accuracy("data", 0.5, 0.5, True), LOOSE)
     assert proof.holds
     assert proof.failures == ()
-    assert (proof.agreement, proof.accuracy, proof.tolerance) == (GOOD, Accuracy("data", 0.5, 0.5), LOOSE)
+    assert (proof.agreement, proof.accuracy, proof.tolerance) == (GOOD, Accuracy("data", 0.5, 0.5, True), LOOSE)
 
 
 def test_nothing_proven_is_a_failure():
@@ -206,16 +206,19 @@ def test_each_tolerance_fails_by_a_hair(within, beyond, words):
 
 def test_ap_may_rise_and_fall_by_the_tolerance():
     tolerance = LOOSE._replace(ap=0.25)
-    assert judge(GOOD, Accuracy("data", 0.5, 0.25), tolerance).holds
-    assert judge(GOOD, Accuracy("data", 0.25, 0.9), tolerance).holds
-    proof = judge(GOOD, Accuracy("data", 0.5, 0.2499999), tolerance)
+    assert judge(GOOD, Accuracy("data", 0.5, 0.25, True), tolerance).holds
+    assert judge(GOOD, Accuracy("data", 0.25, 0.9, False), tolerance).holds
+    proof = judge(GOOD, Accuracy("data", 0.5, 0.2499999, True), tolerance)
     assert proof.failures == ("AP falls by 0.2500, more than 0.25",)
-    assert Accuracy("data", 0.5, 0.25).change == -0.25
+    assert Accuracy("data", 0.5, 0.25, True).change == -0.25
+    nothing = Accuracy("data", None, None, False)
+    assert nothing.change is None
+    assert judge(GOOD, nothing, tolerance).holds
 
 
 def test_all_failures_are_told():
     broken = replace(GOOD, unmatched=50, score_shift=0.5)
-    assert len(judge(broken, Accuracy("data", 0.5, 0.1), LOOSE).failures) == 3
+    assert len(judge(broken, Accuracy("data", 0.5, 0.1, True), LOOSE).failures) == 3
 
 
 def test_a_difference_that_is_no_number_does_not_hold():

@@ -17,7 +17,7 @@ from refinedet_cli.core.presets import DEFAULT_PRESET, VOC_CLASSES, Preset, get_
 from refinedet_cli.engine import start
 from refinedet_cli.engine.run_file import RunFile, read_run_file
 from refinedet_cli.engine.start import resolve_config, start_detector
-from refinedet_cli.errors import CheckpointError, ConfigError
+from refinedet_cli.errors import CheckpointError, ConfigError, UsageError
 from refinedet_cli.zoo.backbone_weights import BackboneFile, find_backbone_weights
 from refinedet_cli.zoo.checkpoint import file_sha256, save_checkpoint
 
@@ -180,7 +180,7 @@ def test_a_run_file_may_name_the_preset(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "named"),
     [
-        ("train.lr", "train.lr"), ("", "''"), ("train.lrr=1", "train.lrr"), ("train=1", "train"),
+        ("train.lrr=1", "train.lrr"), ("train=1", "train"),
         ("train.lr.x=1", "train.lr.x"), ("train.augment.hew=1", "train.augment.hew"), ("lr=1", "lr"),
         ("loss.neg_ratio=many", "loss.neg_ratio"), ("train.lr=nan", "train.lr"), ("train.lr=NaN", "train.lr"),
         ("train.lr=-inf", "train.lr"), ("train.lr=", "train.lr"), ("train.augment.hue=400", "train.augment.hue"),
@@ -195,6 +195,12 @@ def test_settings_that_do_not_fit_are_named(setting, named):
     with pytest.raises(ConfigError) as caught:
         resolve(setting)
     assert named in caught.value.message
+
+
+@pytest.mark.parametrize("setting", ["train.lr", ""])
+def test_a_setting_without_a_value_is_malformed(setting):
+    with pytest.raises(UsageError, match=f"--set '{setting}' has no value"):
+        resolve(setting)
 
 
 def test_unknown_settings_come_with_the_known_ones():
@@ -516,5 +522,5 @@ def test_a_table_changes_what_it_names_and_nothing_else():
     augment = replace(base.train.augment, hue=1.0)
     assert changed.train == replace(base.train, lr=0.5, augment=augment)
     assert changed.detector == replace(base.detector, loss=replace(base.detector.loss, neg_ratio=2.0))
-    with pytest.raises(ConfigError, match="unknown setting 'train.augment.hues'"):
+    with pytest.raises(ConfigError, match=r"unknown setting 'train\.augment\.hues'"):
         resolve("train={augment = {hues = 1}}")

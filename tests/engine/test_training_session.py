@@ -158,6 +158,41 @@ def test_pictures_are_kept_in_memory_where_a_quarter_of_what_is_free_holds_them(
         assert prepare().options.cache is cached
 
 
+def test_what_training_and_validation_leave_out_is_told_and_scored_as_a_part(project):
+    data = json.loads(Path("sets/two/train.json").read_text())
+    crowds = [{**data["annotations"][0], "id": 90, "iscrowd": 1}]
+    other = [
+        {**data["annotations"][0], "id": 91, "category_id": 2},
+        {**data["annotations"][0], "id": 92, "bbox": [1, 1, 0, 9]},
+    ]
+    more = {
+        **data,
+        "categories": [*data["categories"], {"id": 2, "name": "other"}],
+        "annotations": [*data["annotations"], *crowds, *other],
+    }
+    Path("sets/two/more.json").write_text(json.dumps(more))
+    Path("sets/two/crowd.json").write_text(json.dumps({**data, "annotations": [*data["annotations"], *crowds]}))
+    session = prepare(data=["sets/two/crowd.json"], val="sets/two/more.json")
+    notes = "\n".join(session.notes)
+    assert "1 boxes around crowds are left out of training" in notes
+    assert "validation: 1 objects of classes that the model does not know are left out: other" in notes
+    assert "validation: 1 " in notes.replace("validation: 1 objects", "")  # the box without area
+    session.run(lambda report: None, training_session.never)
+    assert session.validation.classes.names == ("thing", "other")
+
+
+def test_what_the_run_changes_of_its_preset_is_told(project):
+    told = [
+        n for n in prepare(settings=["loss.neg_ratio=2"]).notes if n.startswith("settings other than the preset's: ")
+    ]
+    assert [line.split(": ")[1] for line in told] == [
+        'loss.neg_ratio=2.0, train.batch=2, train.steps=1, train.precision="fp32"'
+    ]
+    shapes = [[[16.0, 16.0]] * 20] * 4
+    (note,) = (n for n in prepare(settings=[f"anchors.shapes={shapes}"]).notes if n.startswith("settings other"))
+    assert "anchors.shapes=[[[16.0, 16.0], [16.0, 16.0], [16.0, ...," in note
+
+
 def test_validation_without_an_object_is_told(project):
     data = json.loads(Path("sets/two/train.json").read_text())
     Path("sets/two/empty.json").write_text(json.dumps({**data, "annotations": []}))
