@@ -338,6 +338,11 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", guarded_getaddrinfo)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let golden values be written anew, on purpose."""
+    parser.addoption("--record-golden", action="store_true", help="write tests/golden from what is found now")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
     if torch.cuda.is_available():

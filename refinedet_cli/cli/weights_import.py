@@ -134,7 +134,7 @@ def _read_classes(given: str, output: Output) -> Classes:
     if path.suffix.lower() == ".json":
         return _coco_classes(path)
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             lines = file.read(_LONGEST_LIST).splitlines()
     except UnicodeDecodeError:
         raise DataError(f"{path}: not a text file", "write one class name a line, as UTF-8") from None

@@ -20,6 +20,8 @@ from PIL import Image, ImageCms, ImageFile, JpegImagePlugin, PngImagePlugin, Tif
 from refinedet_cli.errors import DataError
 
 MAX_PIXELS = 200_000_000
+# What it takes to resize a side grows with it: here, half a gigabyte.
+MAX_SIDE = 100_000
 
 # Raster formats that are recognised by their first bytes. Others are left out on purpose: EPS would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "AVIF", "PPM", "QOI")
@@ -309,6 +311,10 @@ def _open(path: Path, file: BufferedReader, max_pixels: int) -> ImageFile.ImageF
         raise DataError(
             f"{path} has {width} x {height} pixels, more than {max_pixels / 1e6:g} megapixels",
             "make it smaller, or cut it into tiles",
+        )
+    if max(width, height) > MAX_SIDE:
+        raise DataError(
+            f"{path} is {width} x {height}, and no side may have more than {MAX_SIDE:,} pixels", "cut it into pieces"
         )
     if width <= 0 or height <= 0:
         raise DataError(f"{path} has no pixels ({width} x {height})", "leave it out")

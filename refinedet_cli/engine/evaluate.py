@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import islice
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from refinedet_cli.core.config import Classes, PostprocessConfig
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.data.dataset import ClassMatch, Dataset, Record, canonical_name, listed, match_classes, remap
 from refinedet_cli.data.loading import read_record
+from refinedet_cli.engine.detect_reading import HELD_BYTES
 from refinedet_cli.engine.distributed import ALONE, Processes
 from refinedet_cli.engine.predict import AnyPredictor
 from refinedet_cli.engine.results import PictureResult, SavedDetections, detection_rows
@@ -442,21 +442,33 @@ def _ids(values: Sequence[int]) -> str:
 
 
 def _batches(records: Sequence[Record], batch: int, workers: int) -> Iterator[list[NDArray[np.uint8]]]:
+    """Read pictures in order, so many together, or fewer where they are large."""
+    group: list[NDArray[np.uint8]] = []
+    held = 0
     with closing(_read_ahead(records, workers, batch + workers)) as images:
-        while chunk := list(islice(images, batch)):
-            yield chunk
+        for image in images:
+            group.append(image)
+            held += image.nbytes
+            if len(group) == batch or held >= HELD_BYTES:
+                yield group
+                group, held = [], 0
+    if group:
+        yield group
 
 
 def _read_ahead(records: Sequence[Record], workers: int, ahead: int) -> Generator[NDArray[np.uint8]]:
-    """Read pictures in order, so many at most before they are asked for."""
-    coming = iter(records)
+    """Read pictures in order, so many at most before they are asked for, or fewer where they are large."""
+    coming = deque(records)
     reading: deque[Future[NDArray[np.uint8]]] = deque()
+    held = 0
     with ThreadPoolExecutor(max(1, workers)) as pool:
         try:
-            reading.extend(pool.submit(read_record, record) for record in islice(coming, ahead))
-            while reading:
+            while coming or reading:
+                while coming and len(reading) < ahead and (not reading or held < HELD_BYTES):
+                    held += coming[0].width * coming[0].height * 3
+                    reading.append(pool.submit(read_record, coming.popleft()))
                 image = reading.popleft().result()
-                reading.extend(pool.submit(read_record, record) for record in islice(coming, 1))
+                held -= image.nbytes
                 yield image
         finally:
             for future in reading:

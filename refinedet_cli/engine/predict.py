@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +25,8 @@ from refinedet_cli.engine.device import Precision
 from refinedet_cli.engine.lanes import Lanes, lanes_for
 from refinedet_cli.engine.stages import stage
 from refinedet_cli.zoo.checkpoint import LoadedDetector
+
+_FLAGS = threading.Lock()
 
 
 class AnyPredictor(Protocol):
@@ -174,7 +177,7 @@ class Predictor:
         parts = self._network.parts(inputs, lanes=self._lanes.count)
         rest = iter(sizes)
         sizes_of_parts = [[*islice(rest, len(part))] for part in parts]
-        with _exact_convolutions():
+        with _exact_convolutions(self.device):
             with stage("network"):
                 raw = self._lanes.map(self._compute, parts)
             with stage("post-processing"):
@@ -223,9 +226,13 @@ def _check(image: NDArray[np.uint8], i: int) -> None:
 
 
 @contextmanager
-def _exact_convolutions() -> Iterator[None]:
+def _exact_convolutions(device: torch.device) -> Iterator[None]:
     """Keep cuDNN from rounding float32 to TF32, and from choosing another algorithm for another batch size."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+    if device.type != "cuda":
+        yield
+        return
+    # Its flags are those of all threads: two that set and restore them at once would leave them changed.
+    with _FLAGS, torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         yield
 
 

@@ -34,7 +34,7 @@ def _in_folder(tmp_path, monkeypatch):
 
 
 def test_an_imported_detector_detects(run, weights, tmp_path):
-    (tmp_path / "names.txt").write_text("__background__\nship\n\nboat  \n")
+    (tmp_path / "names.txt").write_text("__background__\nship\n\nboat  \n", encoding="utf-8-sig")
     code, stdout, stderr = run("weights", "import", weights, "--classes", "names.txt", "--size", "64")
     assert code == 0
     out = tmp_path / "ships320.safetensors"

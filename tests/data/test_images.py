@@ -214,6 +214,13 @@ def test_limit_on_pixels_comes_before_decoding(tmp_path: Path) -> None:
     assert image_size(path, max_pixels=300_000_000) == (30_000, 10_000)
 
 
+def test_a_side_that_takes_too_much_memory_to_resize_is_refused(tmp_path):
+    path = saved(tmp_path / "strip.png", Image.new("1", (100_001, 1)))
+    with pytest.raises(DataError, match=r"strip\.png is 100001 x 1, and no side may have more than 100,000 pixels"):
+        read_image(path)
+    assert read_image(saved(tmp_path / "long.png", Image.new("1", (100_000, 1)))).shape == (1, 100_000, 3)
+
+
 def test_large_pictures_below_the_limit_are_silent(tmp_path: Path) -> None:
     # Pillow itself warns above 89 megapixels and refuses above 179.
     path = saved(tmp_path / "a.png", Image.new("1", (19_000, 10_000)))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,6 +161,33 @@ def test_the_case_is_not_trivial(reference: Evaluation) -> None:
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_batch_size_does_not_matter(predictor: Predictor, noise: Dataset, reference: Evaluation, batch: int) -> None:
     check_same(score(predictor, noise, batch=batch), reference)
+
+
+def test_large_pictures_are_looked_at_a_few_at_a_time(
+    predictor: Predictor, noise: Dataset, reference: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest = max(r.width * r.height * 3 for r in noise.records)
+    monkeypatch.setattr(module, "HELD_BYTES", largest)
+    read: list[Path] = []
+    looked_at: list[Any] = []
+    together: list[int] = []
+    ahead: list[int] = []
+
+    class Counting:
+        classes, config = predictor.classes, predictor.config
+
+        def predict(self, images: Sequence[Any]) -> list[Detections]:
+            together.append(sum(image.nbytes for image in images))
+            looked_at.extend(images)
+            ahead.append(len(read) - len(looked_at))
+            return predictor.predict(images)
+
+    real = module.read_record
+    monkeypatch.setattr(module, "read_record", lambda record: read.append(record.path) or real(record))
+    check_same(score(Counting(), noise, batch=64, workers=1), reference)
+    assert max(together) < 2 * largest
+    assert len(looked_at) == len(noise)
+    assert max(ahead) <= 1 + largest // min(r.width * r.height * 3 for r in noise.records)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 5])

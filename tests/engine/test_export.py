@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -173,6 +175,32 @@ def test_a_predictor_says_what_its_checkpoint_said(onnx_file, predictor, opened)
     assert (candidate.path, candidate.precision, candidate.schedule) == (onnx_file, "fp32", None)
     assert candidate.engine.startswith("onnxruntime 1.")
     assert candidate.device == CPU
+
+
+@pytest.mark.parametrize("kind", ["onnx_file", "openvino_file"])
+def test_threads_get_what_was_found_in_their_own_picture(kind, opened, expected, request):
+    candidate = opened(request.getfixturevalue(kind))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda image: candidate.predict([image])[0], PICTURES * 4))
+    assert_agree(expected * 4, found)
+
+
+def test_openvino_prepares_anew_after_many_sizes(openvino_file, monkeypatch):
+    compiled = []
+    core = artefact.openvino_core()
+    monkeypatch.setattr(artefact._Compiled, "_MOST_SIZES", 3)
+    monkeypatch.setattr(
+        artefact, "openvino_core",
+        lambda: SimpleNamespace(
+            read_model=core.read_model,
+            compile_model=lambda *given: compiled.append(1) or core.compile_model(*given),
+        ),
+    )  # fmt: skip
+    candidate = ArtefactPredictor(open_artefact(openvino_file), CPU)
+    sizes = [(40 + 8 * (i % 7), 48) for i in range(9)]
+    first = [candidate.predict([noise(*size, seed=1)])[0] for size in sizes]
+    assert len(compiled) == 3  # at the first, fourth and seventh size
+    assert_agree(first[:2], first[7:])
 
 
 def test_engines_are_named(openvino_file, torch_file, opened):
