@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from refinedet_cli.cli.detect_video import detect_videos, videos_of
+from refinedet_cli.cli.downloads import on_disk
 from refinedet_cli.cli.options import (
     DATA,
     MODEL,
@@ -27,6 +28,7 @@ from refinedet_cli.cli.options import (
     DeviceOpt,
     JsonOpt,
     MultiScaleOpt,
+    OfflineOpt,
     OptionalOutOpt,
     PrecisionName,
     PrecisionOpt,
@@ -94,6 +96,7 @@ def detect(
     json: JsonOpt = False,
     quiet: QuietOpt = False,
     weights: WeightsOpt = None,
+    offline: OfflineOpt = False,
     score: ScoreOpt = 0.3,
     only_classes: Annotated[
         list[str] | None,
@@ -151,7 +154,8 @@ def detect(
             raise UsageError(f"this is {shard}, and a video is the work of one process", "leave torchrun out")
         asked = {"--resume": resume, "--crops": crops, "--also": bool(also), "--class": bool(only_classes)}
         _refuse_for_videos({**asked, "--profile": profile})
-        found_by = _open(weights, device, precision, multi_scale, (tile, tile_overlap), batch, score)
+        local = on_disk(output, weights, offline=offline)
+        found_by = _open(local, device, precision, multi_scale, (tile, tile_overlap), batch, score)
         _announce(output, found_by, score=score, draw=out is not None and not no_draw)
         detect_videos(output, found_by, videos, out, score=score, batch=batch, draw=not no_draw)
         return
@@ -161,32 +165,18 @@ def detect(
             output.note(f"left out {counted(images.left_out, 'picture')} that an earlier run has written into {out}")
 
         from refinedet_cli.engine.detect import DetectOptions
-        from refinedet_cli.engine.device import select_device
-        from refinedet_cli.engine.distributed import Shard, own_device
-        from refinedet_cli.engine.lanes import lanes_for
-        from refinedet_cli.engine.open_predictor import open_predictor
+        from refinedet_cli.engine.distributed import Shard
         from refinedet_cli.engine.predict import default_batch
-        from refinedet_cli.engine.tiling import make_tiling
 
         shard = Shard.from_environment(os.environ)
         if shard is not None and out is None:
             raise UsageError(f"this is {shard}, and without --out nobody could join what all find", "name a folder")
-        place = own_device(select_device(device), os.environ)
-        predictor = open_predictor(
-            weights,
-            device=place,
-            precision=precision,
-            usual_precision="auto",
-            multi_scale=multi_scale,
-            tiles=make_tiling(tile, tile_overlap),
-            batch=batch,
-            lanes=lanes_for(place),
-            least_score=score,
-        )
+        local = on_disk(output, weights, offline=offline)
+        predictor = _open(local, device, precision, multi_scale, (tile, tile_overlap), batch, score)
         options = DetectOptions(
             score=score,
             # Processes that share the work out have to agree on its blocks.
-            batch=batch or default_batch(place, everywhere=shard is not None),
+            batch=batch or default_batch(predictor.device, everywhere=shard is not None),
             draw=out is not None and not no_draw,
             crops=crops,
             formats=frozenset(chosen.value for chosen in also or ()),
@@ -209,20 +199,21 @@ def _open(
     batch: int | None,
     score: float,
 ) -> AnyPredictor:
-    """Open the detector of a run on videos, which one process does alone."""
+    """Open the detector of a run, on the device of this process."""
     from refinedet_cli.engine.device import select_device
+    from refinedet_cli.engine.distributed import own_device
     from refinedet_cli.engine.lanes import lanes_for
     from refinedet_cli.engine.open_predictor import open_predictor
     from refinedet_cli.engine.tiling import make_tiling
 
-    place, tiles = select_device(device), make_tiling(*tile)
+    place = own_device(select_device(device), os.environ)
     return open_predictor(
         weights,
         device=place,
         precision=precision,
         usual_precision="auto",
         multi_scale=multi_scale,
-        tiles=tiles,
+        tiles=make_tiling(*tile),
         batch=batch,
         lanes=lanes_for(place),
         least_score=score,
@@ -429,14 +420,16 @@ def _tables(result: DetectResult, classes: Classes) -> list[RenderableType]:
         if result.objects
         else f"nothing found in {counted(summary.read, 'picture')}"
     )
-    threshold = f"at a score of {result.origin.score_threshold:g} or better"
-    schedule = result.origin.multi_scale
+    origin = result.origin
+    # The decoder is its name and version, and how large it makes pictures.
+    made = f"at a score of {origin.score_threshold:g} or better, {origin.precision}, {origin.decoder.split(', ')[-1]}"
+    schedule = origin.multi_scale
     passes = (
         f", {counted(schedule.count, 'pass', 'passes')} a picture (multi-scale {schedule.name})" if schedule else ""
     )
     # With many passes a picture can take seconds, and one decimal would say 0.0.
     speed = f"{result.pictures_per_second:.{2 if schedule else 1}f} pictures/s"
-    return [*tables, Text(f"{found} {threshold}, {speed}{passes}")]
+    return [*tables, Text(f"{found} {made}, {speed}{passes}")]
 
 
 def _picture_table(pictures: Sequence[PictureRecord], classes: Classes) -> Table:

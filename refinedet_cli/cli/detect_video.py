@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +22,18 @@ if TYPE_CHECKING:
 
 
 def videos_of(sources: Sequence[str]) -> list[str]:
-    """Choose the videos and cameras among what was named.
+    """Choose the videos and cameras among what was named, patterns such as ``*.mp4`` expanded.
 
     Raises:
         UsageError: there is something else too: each run has one kind of result.
+        DataError: a pattern matches nothing.
     """
-    from refinedet_cli.engine.video_files import is_camera, is_video_name
+    from refinedet_cli.engine.video_files import expand_pattern, is_camera, is_video_name
 
-    videos = [source for source in sources if is_camera(source) or is_video_name(Path(source).name)]
+    videos = [s for s in sources if is_camera(s) or (is_video_name(Path(s).name) and not os.path.isdir(s))]  # noqa: PTH112 - Path.is_dir raises for long names
     if videos and len(videos) < len(sources):
         raise UsageError(f"{videos[0]} is a video, and pictures were named too", "detect videos in a run of their own")
-    return list(dict.fromkeys(videos))
+    return list(dict.fromkeys(path for video in videos for path in expand_pattern(video)))
 
 
 def detect_videos(
@@ -44,28 +48,38 @@ def detect_videos(
 ) -> None:
     """Find objects in videos, one after the other, and tell the result.
 
-    A single video goes into ``out`` itself, each of several into a folder of its name in it.
+    A single video goes into ``out`` itself, each of several into a folder of its name in it. One of several that cannot
+    be read does not keep the others from being looked at. SIGTERM stops a run as Ctrl-C does, with what was found.
 
     Raises:
         UsageError: two videos would go into one folder.
-        PartialError: a video is damaged; what could be decoded was worked on.
+        DataError: no video can be read.
+        PartialError: a video is damaged, and what could be decoded was worked on; or not all could be read.
     """
     from refinedet_cli.engine.device import describe_device
     from refinedet_cli.engine.predict import default_batch
     from refinedet_cli.engine.tiling import remark_on_tiles
+    from refinedet_cli.engine.video_files import UnreadableVideoError
 
     batch = batch or default_batch(predictor.device)
     folders = _folders(videos, out)
-    results = [
-        _detect(output, predictor, video, folder, score=score, batch=batch, draw=draw)
-        for video, folder in zip(videos, folders, strict=True)
-    ]
+    results, failed = [], []
+    with _stopped_by_sigterm():
+        for video, folder in zip(videos, folders, strict=True):
+            try:
+                results.append(_detect(output, predictor, video, folder, score=score, batch=batch, draw=draw))
+            except UnreadableVideoError as error:
+                failed.append({"source": video, "problem": error.message})
+                if len(failed) == len(videos):
+                    raise
+                output.warn(error.message)
     for result in results:
         if result.warning is not None and len(results) > 1:
             output.warn(result.warning)
     document = {
         "device": describe_device(predictor.device),
         "videos": [_document(result) for result in results],
+        "failed": failed,
         "objects": sum(result.objects for result in results),
     }
     if remark := remark_on_tiles(predictor):
@@ -75,10 +89,25 @@ def detect_videos(
         if result.results_file is not None:
             drawn = f" and {result.annotated} (without sound)" if result.annotated is not None else ""
             output.note(f"wrote {result.results_file}, {result.frames_file}{drawn}")
+    _tell_of_damage(results, failed=len(failed))
+
+
+def _tell_of_damage(results: Sequence[VideoResult], *, failed: int) -> None:
     damaged = [result.warning for result in results if result.warning is not None]
+    if failed:
+        raise PartialError(f"{failed} of {len(results) + failed} videos could not be read", "the rest was worked on")
     if damaged:
         whole = damaged[0] if len(results) == 1 else f"{len(damaged)} of {len(results)} videos are damaged"
         raise PartialError(whole, "what could be decoded was worked on; copy it again for the rest")
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _folders(videos: Sequence[str], out: Path | None) -> list[Path | None]:
@@ -142,9 +171,10 @@ def _tables(results: Sequence[VideoResult]) -> list[RenderableType]:
         table.add_section()
     frames, objects = sum(r.frames for r in results), sum(r.objects for r in results)
     seconds = max(sum(r.seconds for r in results), 1e-9)
-    threshold = results[0].origin.score_threshold
+    origin = results[0].origin
     found = f"{objects:,} detections" if objects else "nothing found"
     line = (
-        f"{found} in {frames:,} frames ({sum(r.duration for r in results):.1f} s) at a score of {threshold:g} or better"
+        f"{found} in {frames:,} frames ({sum(r.duration for r in results):.1f} s) at a score of "
+        f"{origin.score_threshold:g} or better"
     )
-    return [table, Text(f"{line}, {frames / seconds:.1f} frames/s")]
+    return [table, Text(f"{line}, {origin.precision}, {frames / seconds:.1f} frames/s")]

@@ -41,6 +41,17 @@ def refuse_file(out: Path | None) -> None:
         raise UsageError(f"--out {out} is a file", "name a folder")
 
 
+def read_folder(text: str) -> Path:
+    """Read the value of --out.
+
+    Raises:
+        UsageError: it is empty, which would stand for the current folder.
+    """
+    if not text:
+        raise UsageError("--out is empty", "name a folder; . is the current one")
+    return Path(text)
+
+
 def read_batch(text: str | None) -> int | Literal["auto"] | None:
     """Read the value of --batch where it may be auto.
 
@@ -62,8 +73,8 @@ WeightsOpt = Annotated[
     typer.Option(
         "--weights",
         metavar="NAME|FILE|ORG/REPO",
-        help="A checkpoint or the folder of a run; the name of a bundled model; or org/repo[@revision][:file] on the "
-        "Hugging Face Hub, downloaded once. train also takes none.",
+        help=r"A checkpoint or the folder of a run; the name of a bundled model; or org/repo\[@revision]\[:file] on "
+        "the Hugging Face Hub, downloaded once. train also takes none.",
         show_default="the bundled detector",
         rich_help_panel=MODEL,
     ),
@@ -73,8 +84,8 @@ WeightsArg = Annotated[
     str,
     typer.Argument(
         metavar="NAME|FILE|ORG/REPO",
-        help="A checkpoint or the folder of a run; the name of a bundled model; or org/repo[@revision][:file] on the "
-        "Hugging Face Hub.",
+        help=r"A checkpoint or the folder of a run; the name of a bundled model; or org/repo\[@revision]\[:file] on "
+        "the Hugging Face Hub.",
         show_default=False,
     ),
 ]
@@ -94,7 +105,7 @@ BackboneWeightsOpt = Annotated[
         "--backbone-weights",
         metavar="imagenet|FILE|NAME",
         help="Start from ImageNet weights of the backbone instead of a detector: imagenet downloads the published "
-        "ones once; or a file, or org/repo[@revision][:file] on the Hugging Face Hub.",
+        r"ones once; or a file, or org/repo\[@revision]\[:file] on the Hugging Face Hub.",
         show_default=False,
         rich_help_panel=MODEL,
     ),
@@ -346,7 +357,12 @@ SeedOpt = Annotated[
 OutOpt = Annotated[
     Path,
     typer.Option(
-        "--out", metavar="DIR", help="Folder for everything written.", show_default=False, rich_help_panel=OUTPUT
+        "--out",
+        parser=read_folder,
+        metavar="DIR",
+        help="Folder for everything written.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
     ),
 ]
 # = None
@@ -354,6 +370,7 @@ OptionalOutOpt = Annotated[
     Path | None,
     typer.Option(
         "--out",
+        parser=read_folder,
         metavar="DIR",
         help="Folder for everything written.",
         show_default="nothing is written",

@@ -30,6 +30,7 @@ from refinedet_cli.cli.options import (
     WeightsOpt,
     WorkersOpt,
     read_batch,
+    read_folder,
 )
 from refinedet_cli.cli.output import Output, current_invocation
 from refinedet_cli.cli.together import processes, together
@@ -51,6 +52,7 @@ def train(
         Path | None,
         typer.Option(
             "--out",
+            parser=read_folder,
             metavar="DIR",
             help="Folder of the run; only --dry-run and --preview need none.",
             show_default=False,

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -129,6 +130,16 @@ def is_artefact(path: Path) -> bool:
     return path.suffix.lower() in EXPORTED_SUFFIXES
 
 
+def require_file(path: Path) -> None:
+    """Make sure that there is a file of this name.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file", "name a file that `refinedet export` wrote")
+
+
 def open_artefact(path: Path, *, device: torch.device | None = None, trusted: bool = False) -> Artefact:
     """Make an exported file ready to run, with as many threads as torch uses.
 
@@ -142,8 +153,7 @@ def open_artefact(path: Path, *, device: torch.device | None = None, trusted: bo
         DeviceError: the library cannot compute there.
         UsageError: the library is not installed, or a .pt2 is not trusted.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file", "name a file that `refinedet export` wrote")
+    require_file(path)
     kind = next((name for name, suffix in SUFFIXES.items() if path.suffix.lower() == suffix), None)
     if kind == "onnx":
         return _open_onnx(path, device)
@@ -194,15 +204,36 @@ def _open_openvino(path: Path) -> Artefact:
     try:
         model = core.read_model(path)
         text = model.get_rt_info([METADATA_KEY]).astype(str) if METADATA_KEY in model.rt_info else None
-        compiled = core.compile_model(model, "CPU", settings)
+        run = _Compiled(lambda: core.compile_model(model, "CPU", settings))
     except RuntimeError as error:
         raise _unreadable(path, "OpenVINO", error) from None
-
-    def run(pixels: NDArray[Any]) -> Arrays:
-        found = compiled(pixels)
-        return tuple(np.array(found[i]) for i in range(len(compiled.outputs)))
-
     return Artefact(path, _info(text, path), f"OpenVINO {openvino.__version__.partition('-')[0]}", run)
+
+
+class _Compiled:
+    """A model of OpenVINO that any thread may call, in memory that stays bounded.
+
+    A compiled model has one place for its outputs, whoever calls it; and of every size of pictures it keeps what it has
+    prepared, megabytes each, until it goes.
+    """
+
+    _MOST_SIZES = 100
+
+    def __init__(self, compile_model: Callable[[], Any]) -> None:
+        self._compile = compile_model
+        self._model = compile_model()
+        self._sizes: set[tuple[int, ...]] = set()
+        self._turn = threading.Lock()
+
+    def __call__(self, pixels: NDArray[Any]) -> Arrays:
+        with self._turn:
+            if pixels.shape not in self._sizes and len(self._sizes) == self._MOST_SIZES:
+                self._model = None  # gone before the next takes memory
+                self._model = self._compile()
+                self._sizes.clear()
+            self._sizes.add(pixels.shape)
+            found = self._model(pixels)
+            return tuple(np.array(found[i]) for i in range(len(self._model.outputs)))
 
 
 def _open_torch_export(path: Path) -> Artefact:

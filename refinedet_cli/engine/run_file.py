@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from refinedet_cli.data.images import missing_cure
 from refinedet_cli.errors import ConfigError
 
 _DECIDED = {"family", "preset", "classes"}
@@ -108,12 +109,20 @@ def _load(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         content: Any = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})", _cure(path, error)) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}", "run files are TOML; the config.json of a run works too") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected tables of settings")
     return content
+
+
+def _cure(path: Path, error: OSError) -> str:
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return missing_cure(path)
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder; name the TOML file, or the config.json of a run, that is in it"
+    return "check the path and its permissions"
 
 
 def _table(path: Path, content: dict[str, Any], name: str) -> dict[str, Any]:

@@ -21,7 +21,14 @@ from PIL import Image
 from refinedet_cli import __version__
 from refinedet_cli.core.preprocess import resize_weights
 from refinedet_cli.core.structures import Detections
-from refinedet_cli.engine.artefact import Artefact, ArtefactInfo, ArtefactPredictor, FormatName, open_artefact
+from refinedet_cli.engine.artefact import (
+    Artefact,
+    ArtefactInfo,
+    ArtefactPredictor,
+    FormatName,
+    open_artefact,
+    require_file,
+)
 from refinedet_cli.engine.predict import AnyPredictor
 from refinedet_cli.engine.proof import TOLERANCES, Proof, compare, judge
 from refinedet_cli.errors import CheckpointError, GateError
@@ -190,6 +197,7 @@ def check(path: Path, *, trusted: bool = False) -> CheckResult:
         CheckpointError: the file or its sidecar is missing or damaged.
         GateError: it is not the file that was proven.
     """
+    require_file(path)
     sidecar = read_sidecar(path)
     for name, sha256 in sidecar.files.items():
         member = path.with_name(name)

@@ -33,8 +33,8 @@ from refinedet_cli.engine.results import (
     row_document,
     write_records,
 )
-from refinedet_cli.engine.video_files import Frame, VideoReader, VideoWriter, decoder_name
-from refinedet_cli.errors import DataError, UsageError
+from refinedet_cli.engine.video_files import Frame, UnreadableVideoError, VideoReader, VideoWriter, decoder_name
+from refinedet_cli.errors import UsageError
 from refinedet_cli.files import whole_file
 
 FRAMES_NAME = "frames.jsonl"
@@ -149,16 +149,23 @@ def detect_video(
         with ExitStack() as files:
             run = _Run(predictor, reader, score, out, draw, files)
             try:
-                for frames in _groups(reader.frames(), batch):
-                    run.work(frames)
-                    on_progress(VideoProgress(run.frames, reader.facts.frames, run.objects))
+                # Within the others, so that a drawn video that cannot be written goes alone.
+                with ExitStack() as drawing:
+                    try:
+                        for frames in _groups(reader.frames(), batch):
+                            run.work(frames, drawing)
+                            on_progress(VideoProgress(run.frames, reader.facts.frames, run.objects))
+                    except BaseException as error:
+                        if not run.frames or run.drawing_failed:
+                            raise
+                        stopped = error
+                    run.settle()
             except BaseException as error:
                 if not run.frames:
                     raise
-                stopped = error
+                stopped = stopped or error
             if not run.frames:
-                raise DataError(f"no frame of {source} could be decoded", "copy it again")
-            run.settle()
+                raise UnreadableVideoError(f"no frame of {source} could be decoded", "copy it again")
         ended = stopped is None or (reader.live and isinstance(stopped, KeyboardInterrupt))
         result = run.result(origin, warning=reader.trouble() if stopped is None else None)
     if out is not None:
@@ -170,7 +177,7 @@ def detect_video(
 
 
 class _Run:
-    """What was found so far, and the files under way, which are closed with ``files``."""
+    """What was found so far, and the files under way: that of the frames is closed with ``files``."""
 
     def __init__(
         self,
@@ -183,11 +190,11 @@ class _Run:
     ) -> None:
         self.frames = 0
         self.objects = 0
+        self.drawing_failed = False
         self._predictor = predictor
         self._reader = reader
         self._score = score
         self._out = out
-        self._files = files
         self._size = (0, 0)
         self._tally = ClassTally(predictor.classes)
         self._lines: BinaryIO | None = None
@@ -204,11 +211,11 @@ class _Run:
             if not reader.live and self._annotated.resolve() == Path(reader.source).resolve():
                 raise UsageError(f"{reader.source} would be replaced by its annotated copy", "choose another --out")
 
-    def work(self, frames: Sequence[Frame]) -> None:
-        """Find the objects of some frames, and hand the drawing over."""
+    def work(self, frames: Sequence[Frame], drawing: ExitStack) -> None:
+        """Find the objects of some frames, and hand the drawing over; the drawn video is closed with ``drawing``."""
         found = [f.above(self._score) for f in self._predictor.predict([frame.pixels for frame in frames])]
         if not self.frames:
-            self._begin(frames[0])
+            self._begin(frames[0], drawing)
         for frame, detections in zip(frames, found, strict=True):
             rows = detection_rows(detections, self._predictor.classes)
             self.frames += 1
@@ -222,8 +229,13 @@ class _Run:
 
     def settle(self) -> None:
         """Wait for the drawing under way."""
-        if self._drawing is not None:
+        if self._drawing is None:
+            return
+        try:
             self._drawing.result()
+        except Exception:
+            self.drawing_failed = True
+            raise
 
     def result(self, origin: Origin, *, warning: str | None) -> VideoResult:
         """Say what was found; the time it took is not known yet."""
@@ -244,13 +256,13 @@ class _Run:
             seconds=0.0,
         )
 
-    def _begin(self, frame: Frame) -> None:
+    def _begin(self, frame: Frame, drawing: ExitStack) -> None:
         self._size = frame.pixels.shape[:2]
         if self._annotated is not None:
-            file = self._files.enter_context(whole_file(self._annotated))
-            self._writer = self._files.enter_context(VideoWriter(file, self._reader.facts, self._size))
+            file = drawing.enter_context(whole_file(self._annotated))
+            self._writer = drawing.enter_context(VideoWriter(file, self._reader.facts, self._size))
             # Closed first, so that nothing is drawn into a closed file.
-            self._pool = self._files.enter_context(ThreadPoolExecutor(1))
+            self._pool = drawing.enter_context(ThreadPoolExecutor(1))
 
     def _line(self, frame: Frame, rows: Sequence[Row]) -> bytes:
         height, width = frame.pixels.shape[:2]

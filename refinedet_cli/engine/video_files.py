@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refinedet_cli.core.words import counted
-from refinedet_cli.data.images import open_regular
+from refinedet_cli.data.images import is_file, open_regular
 from refinedet_cli.errors import DataError, RefineDetError, UsageError
 
 # The extensions that make a file a video. Without .ts and .mts, which are TypeScript more often than not.
@@ -76,6 +77,24 @@ def is_camera(source: str) -> bool:
     return source.startswith(CAMERA)
 
 
+class UnreadableVideoError(DataError):
+    """A video that holds nothing that can be decoded."""
+
+
+def expand_pattern(source: str) -> list[str]:
+    """List the videos that a pattern such as ``clips/*.mp4`` matches, sorted; a file or camera stands for itself.
+
+    Raises:
+        DataError: the pattern matches none.
+    """
+    if is_camera(source) or is_file(Path(source)) or not glob.has_magic(source):
+        return [source]
+    matches = glob.glob(source)  # noqa: PTH207 - as for pictures: Path.glob knows no absolute patterns
+    if not (found := sorted(path for path in matches if is_video_name(Path(path).name) and is_file(Path(path)))):
+        raise DataError(f"the pattern {source!r} matches no videos", "check it")
+    return found
+
+
 def decoder_name() -> str:
     """The library that decodes, with its version.
 
@@ -110,8 +129,11 @@ class VideoReader:
         self._container = self._open_camera() if self.live else self._open_file()
         if not self._container.streams.video:
             self._container.close()
-            raise DataError(f"{source} holds no video", "name a file with moving pictures")
+            raise UnreadableVideoError(f"{source} holds no video", "name a file with moving pictures")
         self._stream = self._container.streams.video[0]
+        if self._stream.codec_context is None:
+            self._container.close()
+            raise UnreadableVideoError(f"{source}: PyAV has no decoder for its pictures", "convert it to H.264")
         self._stream.thread_type = "AUTO"
         self.facts = _facts(self._container, self._stream)
         self.decoded = 0
@@ -184,7 +206,7 @@ class VideoReader:
             # The prefix and the list keep a name or a playlist in disguise from opening anything but a file.
             return self._av.open(f"file:{path}", options={"protocol_whitelist": "file"})
         except self._av.FFmpegError as error:
-            raise DataError(
+            raise UnreadableVideoError(
                 f"{path} is not a video that can be read ({error.strerror})",
                 "copy it again; a recording that broke off before its end may have to be repaired first",
             ) from None

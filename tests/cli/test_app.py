@@ -213,6 +213,24 @@ def test_help_keeps_brackets_and_fills_its_lines(monkeypatch, run):
         assert line in stdout
 
 
+@pytest.mark.parametrize("command", ["detect", "train", "weights info"])
+def test_help_tells_how_to_name_weights_on_the_hub(command, run):
+    assert "org/repo[@revision][:file]" in run(*command.split(), "--help").stdout
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("detect", "photos", "--out", ""),
+        ("data", "split", "photos", "--parts", "train=1", "--out="),
+    ],
+)
+def test_an_empty_out_is_not_the_current_folder(call, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*call) == (2, "", "error: --out is empty\nhint: name a folder; . is the current one\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def _commands():
     """Every command by the words that call it, those of groups too."""
     found = {}

@@ -490,8 +490,10 @@ def test_large_jpegs_are_read_reduced_and_it_is_said(detect, tmp_path):
     assert document["origin"]["decoder"].endswith("large JPEGs reduced")
     (picture,) = document["pictures"]
     assert (picture["width"], picture["height"]) == (800, 600)
+    assert "at a score of 0.6 or better, fp32, large JPEGs reduced, " in detect(path).stdout
     drawn = detect(path, "--json", "--out", tmp_path / "out").document()
     assert drawn["origin"]["decoder"].endswith("full size")
+    assert "or better, fp32, full size, " in detect(path, "--out", tmp_path / "again").stdout
 
 
 def test_names_that_no_font_can_write_are_warned_about(run, photos, tmp_path, monkeypatch, save_random):
@@ -524,6 +526,7 @@ def test_help_explains_with_examples(run):
         "--weights",
         "--score",
         "--multi-scale",
+        "--offline",
         "--device",
         "--precision",
         "--batch",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import tiny
+from refinedet_cli.engine.video_files import VideoReader
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +50,9 @@ def test_a_video_goes_into_the_folder(run, video, weights, tmp_path):
 
 
 def test_it_is_told_in_a_table(run, video, weights):
-    code, stdout, _ = run("detect", video, "--weights", weights)
+    code, stdout, _ = run("detect", video, "--weights", weights, "--precision", "fp32")
     assert code == 0
-    assert "detections in 10 frames (2.0 s) at a score of 0.3 or better" in stdout
+    assert "detections in 10 frames (2.0 s) at a score of 0.3 or better, fp32, " in stdout
     assert "clip.mkv" in stdout
 
 
@@ -61,6 +65,57 @@ def test_several_videos_have_folders_of_their_own(run, video, weights, tmp_path)
     assert "tiles of 32 px" in stderr
     found = [(tmp_path / "out" / name / "frames.jsonl").read_text() for name in ("clip.mkv", "other.mkv")]
     assert found[0] == found[1]
+
+
+def test_a_pattern_names_videos(run, video, weights):
+    for name in ("b[1].mkv", "a.mkv", "a.jpg"):
+        video.with_name(name).write_bytes(video.read_bytes())
+    (video.parent / "folder.mkv").mkdir()
+    document = run("detect", f"{video.parent}/[a-c]*.mkv", "--weights", weights, "--json").document()
+    assert [told["name"] for told in document["videos"]] == ["a.mkv", "b[1].mkv", "clip.mkv"]
+    document = run("detect", video.with_name("b[1].mkv"), "--weights", weights, "--json").document()
+    assert [told["name"] for told in document["videos"]] == ["b[1].mkv"]
+    code, _, stderr = run("detect", f"{video.parent}/*.mp4", "--weights", weights)
+    assert code == 4
+    assert "*.mp4' matches no videos" in stderr
+
+
+def test_a_folder_that_is_called_like_a_video_is_a_folder(run, video, weights):
+    folder = video.parent / "frames.mp4"
+    folder.mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "0.png")
+    assert run("detect", folder, "--weights", weights, "--json").document()["pictures"][0]["file_name"] == "0.png"
+
+
+def test_a_video_that_cannot_be_read_does_not_keep_others_from_it(run, video, weights, tmp_path):
+    bad, other = tmp_path / "bad.mp4", tmp_path / "other.mkv"
+    bad.write_bytes(b"no video")
+    other.write_bytes(video.read_bytes())
+    code, stdout, stderr = run("detect", video, bad, other, "--weights", weights, "--out", tmp_path / "out", "--json")
+    assert code == 8
+    document = json.loads(stdout)
+    assert [told["name"] for told in document["videos"]] == ["clip.mkv", "other.mkv"]
+    assert [told["source"] for told in document["failed"]] == [str(bad)]
+    assert "bad.mp4 is not a video that can be read" in stderr
+    assert "1 of 3 videos could not be read" in stderr
+    assert (tmp_path / "out" / "other.mkv" / "detections.json").is_file()
+    assert run("detect", bad, "--weights", weights).code == 4
+
+
+def test_sigterm_stops_a_video_with_what_was_found(run, video, weights, tmp_path, monkeypatch):
+    real = VideoReader.frames
+
+    def frames(self):
+        for frame in real(self):
+            if frame.number == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield frame
+
+    monkeypatch.setattr(VideoReader, "frames", frames)
+    assert run("detect", video, "--weights", weights, "--batch", "2", "--out", tmp_path / "out").code == 130
+    written = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert written["info"]["complete"] is False
+    assert len(written["images"]) == 6
 
 
 def test_a_damaged_video_is_partly_done(run, video, weights):

@@ -245,7 +245,9 @@ def test_check_without_sidecar_or_file(run, copied):
     code, _, stderr = run("export", "--check", copied)
     assert code == 5
     assert "tiny.onnx.json" in stderr
-    assert run("export", "--check", copied.with_name("none.onnx")).code == 5
+    code, _, stderr = run("export", "--check", copied.with_name("none.onnx"))
+    assert code == 5
+    assert "none.onnx: there is no such file" in stderr
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,16 @@ def test_commands_with_weights_can_be_kept_off_the_network(hub, run, tmp_path, p
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("source", ["one.jpg", "one.mp4"])
+def test_detect_can_be_kept_off_the_network(hub, run, tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    Path(source).touch()
+    code, _, stderr = run("detect", source, "--weights", "acme/signs", "--offline")
+    assert code == 5
+    assert "--offline forbids the network" in stderr
+    assert hub.requests == []
+
+
 def test_a_slip_in_a_path_does_not_reach_the_network(hub, run, run_folder, monkeypatch):
     monkeypatch.chdir(run_folder.parent.parent)
     for name in ("runs/sings", "runs/signs/besst.safetensors", "signs.safetensors"):

@@ -278,6 +278,12 @@ def test_a_wrong_file_is_refused(tmp_path: Path, text: str, words: str) -> None:
     assert str(path) in caught.value.message
 
 
+def test_a_missing_file_is_refused_with_a_cure(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing\.toml: cannot be read") as caught:
+        read_anchor_file(tmp_path / "missing.toml")
+    assert caught.value.hint == "check the name and its case"
+
+
 def test_strides_that_do_not_fit_are_refused_when_training() -> None:
     settings = ["anchors.strides=[4, 8, 16, 32]"]
     with pytest.raises(ConfigError, match="those of the backbone's maps"):

@@ -158,9 +158,21 @@ def test_what_does_not_belong_is_named_with_the_file(tmp_path, text, said):
     assert said in f"{caught.value.message} {caught.value.hint}"
 
 
-def test_what_cannot_be_read_is_said(tmp_path):
-    for path in (tmp_path / "none.toml", tmp_path):
-        with pytest.raises(ConfigError, match="cannot be read"):
-            read_run_file(path)
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("none.toml", "check the name and its case"),
+        ("none/run.toml", "none does not exist either"),
+        ("", "it is a folder; name the TOML file, or the config.json of a run"),
+        ("n" * 300, "check the path"),
+    ],
+)
+def test_what_cannot_be_read_is_said_with_a_cure(tmp_path, name, cure):
+    with pytest.raises(ConfigError, match="cannot be read") as caught:
+        read_run_file(tmp_path / name)
+    assert cure in caught.value.hint
+
+
+def test_what_holds_no_tables_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="expected tables"):
         read_run_file(written(tmp_path, "[1]", "list.json"))

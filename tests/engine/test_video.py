@@ -20,7 +20,7 @@ from refinedet_cli.core.structures import Detections
 from refinedet_cli.engine import video, video_files
 from refinedet_cli.engine.results import read_results
 from refinedet_cli.engine.video import detect_video
-from refinedet_cli.engine.video_files import VIDEO_EXTENSIONS, VideoReader, is_camera, is_video_name
+from refinedet_cli.engine.video_files import VIDEO_EXTENSIONS, VideoReader, VideoWriter, is_camera, is_video_name
 from refinedet_cli.errors import DataError, UsageError
 
 CLASSES = Classes(names=("square", "other"), category_ids=(7, 9))
@@ -358,6 +358,33 @@ def test_what_was_found_before_a_stop_is_written(tmp_path, squares, clip, error)
     assert document["info"]["complete"] is False
     assert len(document["images"]) == len(lines_of(tmp_path / "out")) == 10
     assert len(decode(tmp_path / "out" / "annotated" / "clip.mp4")) == 10
+
+
+@pytest.mark.parametrize("fails", ["write", "__exit__"])
+def test_a_drawn_video_that_cannot_be_written_costs_nothing_else(tmp_path, squares, clip, monkeypatch, fails):
+    def full(self, *_):
+        raise DataError("the disk is full")
+
+    monkeypatch.setattr(VideoWriter, fails, full)
+    with pytest.raises(DataError, match="the disk is full"):
+        detect_video(squares, str(clip.path), out=tmp_path / "out", score=0.3, batch=5)
+    document = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert document["info"]["complete"] is False
+    assert len(document["images"]) == len(lines_of(tmp_path / "out")) >= 5
+    assert not list((tmp_path / "out" / "annotated").iterdir())
+
+
+def test_a_video_without_a_decoder_is_told(squares, clip, monkeypatch):
+    real = video_files._pyav().open
+
+    def undecodable(*given, **more):
+        with real(*given, **more) as container:
+            stream = SimpleNamespace(codec_context=None)
+            return SimpleNamespace(streams=SimpleNamespace(video=[stream]), close=container.close)
+
+    monkeypatch.setattr(video_files, "_pyav", lambda: SimpleNamespace(open=undecodable, FFmpegError=av.FFmpegError))
+    with pytest.raises(DataError, match="has no decoder for its pictures"):
+        VideoReader(str(clip.path))
 
 
 def test_a_stop_before_the_first_frame_leaves_nothing(tmp_path, squares, clip, monkeypatch):
