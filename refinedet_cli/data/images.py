@@ -68,7 +68,7 @@ class FoundImage:
 
     Attributes:
         path: the file.
-        name: relative, unique among the pictures found together (case aside), for naming outputs; has no ``..``.
+        name: relative, unique among the pictures found together, for naming outputs; has no ``..``.
     """
 
     path: Path

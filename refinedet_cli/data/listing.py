@@ -63,12 +63,12 @@ def find_images(sources: Iterable[str]) -> list[FoundImage]:
     Raises:
         DataError: a source names no picture, or a folder cannot be read.
     """
-    with list_images(sources) as images:
+    with list_images(sources, strict=True) as images:
         return list(images)
 
 
 @contextmanager
-def list_images(sources: Iterable[str], *, leave_out: Sequence[Path] = ()) -> Iterator[ImageList]:
+def list_images(sources: Iterable[str], *, leave_out: Sequence[Path] = (), strict: bool = False) -> Iterator[ImageList]:
     """Find the pictures that files, folders and patterns name, without holding them all in memory.
 
     Folders are searched to the bottom for names with the usual extensions, hidden files and folders aside. Patterns
@@ -77,6 +77,8 @@ def list_images(sources: Iterable[str], *, leave_out: Sequence[Path] = ()) -> It
     Args:
         sources: consumed one by one.
         leave_out: folders whose pictures do not count, however they are reached.
+        strict: a folder that cannot be read, in one that is searched, is an error; else it is listed itself, and fails
+            as a picture does that cannot be read. Patterns pass it over, as they do everywhere.
 
     Yields:
         each picture once, in the order of the sources and sorted by name within each. Names are relative to the folder
@@ -87,7 +89,7 @@ def list_images(sources: Iterable[str], *, leave_out: Sequence[Path] = ()) -> It
     """
     try:
         with closing(_temporary(*_TABLES)) as database:
-            search = _Search(database)
+            search = _Search(database, strict=strict)
             for source in sources:
                 search.add(source)
             images = ImageList(database)
@@ -107,20 +109,19 @@ def list_images(sources: Iterable[str], *, leave_out: Sequence[Path] = ()) -> It
         ) from error
 
 
-# `real` is the file with the links of its folder resolved; `folded` is the name as it is compared. All are bytes, for
-# a name may hold some that are no text.
+# `real` is the file with the links of its folder resolved. All are bytes, for a name may hold some that are no text.
 _TABLES = (
-    "CREATE TABLE image (id INTEGER PRIMARY KEY, path BLOB, real BLOB UNIQUE, name BLOB, folded BLOB)",
-    "CREATE TABLE unsorted (path BLOB, real BLOB, name BLOB, folded BLOB)",
+    "CREATE TABLE image (id INTEGER PRIMARY KEY, path BLOB, real BLOB UNIQUE, name BLOB)",
+    "CREATE TABLE unsorted (path BLOB, real BLOB, name BLOB)",
 )
-_COLUMNS = "path, real, name, folded"
+_COLUMNS = "path, real, name"
 
 
 class _Search:
     """What fills the tables."""
 
-    def __init__(self, database: sqlite3.Connection) -> None:
-        self._database = database
+    def __init__(self, database: sqlite3.Connection, *, strict: bool) -> None:
+        self._database, self._strict = database, strict
         database.create_function("sort_key", 1, _sort_key, deterministic=True)
         self._real_folder = lru_cache(maxsize=4096)(Path.resolve)
 
@@ -131,7 +132,8 @@ class _Search:
             raise DataError(f"{source} is an address; pictures are not downloaded", "save it as a file first")
         try:
             if path.is_dir():
-                if not self._add_sorted(_walk(path)):
+                os.scandir(path).close()  # That what was named itself cannot be read is always an error.
+                if not self._add_sorted(_walk(path, strict=self._strict)):
                     raise DataError(
                         f"the folder {source} holds no pictures", f"searched with all its folders; {READABLE}"
                     )
@@ -140,7 +142,7 @@ class _Search:
                 self._insert("image", [FoundImage(path, path.name)])
                 return
         except (OSError, ValueError) as error:
-            raise DataError(f"{source!r} cannot be read: {error}", "check the path") from error
+            raise DataError(f"{source!r} cannot be read: {error}", "check the path and its permissions") from error
         if not glob.has_magic(source):
             raise DataError(f"{source} does not exist", missing_cure(path) if source else "give a file or folder")
         if not self._add_sorted(_match(source)):
@@ -156,8 +158,8 @@ class _Search:
         return count
 
     def make_names_unique(self) -> None:
-        """Lengthen equal names by parent folders, then number what is still equal (names that differ only in case)."""
-        self._database.execute("CREATE INDEX by_name ON image (folded)")
+        """Lengthen equal names by parent folders, then number what is still equal (found through links)."""
+        self._database.execute("CREATE INDEX by_name ON image (name)")
         while clashes := self._collect_clashes():
             if not self._lengthen():
                 break
@@ -173,8 +175,8 @@ class _Search:
         return self._database.execute("DELETE FROM unsorted").rowcount > 0
 
     def _insert(self, table: str, found: Iterable[FoundImage]) -> None:
-        rows = ((_raw(str(i.path)), self._real(i.path), _raw(i.name), _folded(i.name)) for i in found)
-        self._database.executemany(f"INSERT OR IGNORE INTO {table} ({_COLUMNS}) VALUES (?, ?, ?, ?)", rows)
+        rows = ((_raw(str(i.path)), self._real(i.path), _raw(i.name)) for i in found)
+        self._database.executemany(f"INSERT OR IGNORE INTO {table} ({_COLUMNS}) VALUES (?, ?, ?)", rows)
 
     def _real(self, path: Path) -> bytes:
         return _raw(str(self._real_folder(path.parent) / path.name))
@@ -183,8 +185,8 @@ class _Search:
         """Put the pictures whose names are not unique into a table, and count them."""
         self._database.execute("DROP TABLE IF EXISTS clash")
         self._database.execute(
-            "CREATE TABLE clash AS SELECT id FROM image WHERE folded IN "
-            "(SELECT folded FROM image GROUP BY folded HAVING count(*) > 1)"
+            "CREATE TABLE clash AS SELECT id FROM image WHERE name IN "
+            "(SELECT name FROM image GROUP BY name HAVING count(*) > 1)"
         )
         (count,) = self._database.execute("SELECT count(*) FROM clash").fetchone()
         return int(count)
@@ -210,7 +212,7 @@ class _Search:
             ).fetchone():
                 last, original = row[0], os.fsdecode(row[1])
                 name, number = original, 1
-                while not taken.add(name.casefold()):
+                while not taken.add(name):
                     number += 1
                     stem, dot, extension = original.rpartition(".")
                     name = f"{stem or extension}-{number}{dot if stem else ''}{extension if stem else ''}"
@@ -218,8 +220,7 @@ class _Search:
                     self._rename(last, name)
 
     def _rename(self, identity: int, name: str) -> None:
-        row = (_raw(name), _folded(name), identity)
-        self._database.execute("UPDATE image SET name = ?, folded = ? WHERE id = ?", row)
+        self._database.execute("UPDATE image SET name = ? WHERE id = ?", (_raw(name), identity))
 
 
 def links_out(root: Path, folders: dict[str, list[tuple[str, int]]]) -> Iterator[tuple[str, int]]:
@@ -264,40 +265,52 @@ def _path(raw: bytes) -> Path:
     return Path(os.fsdecode(raw))
 
 
-def _folded(name: str) -> bytes:
-    return name.casefold().encode("utf-8", "surrogatepass")
-
-
 def _sort_key(raw: bytes) -> bytes:
     """What sorts as the parts between the slashes do; no name holds a NUL."""
     return raw.replace(b"/", b"\0")
 
 
-def _walk(folder: Path) -> Iterator[FoundImage]:
+def _walk(folder: Path, *, strict: bool) -> Iterator[FoundImage]:
     """The pictures of a folder, to its bottom, in the order in which the disk gives them."""
+    for _, pictures in _scan(folder, strict=strict):
+        yield from pictures
+
+
+def _scan(top: Path, *, strict: bool) -> Iterator[tuple[Path, Iterator[FoundImage]]]:
+    """A folder and those below it, each once and with its pictures, named from the top; hidden ones aside."""
     seen: set[Path] = set()
-    waiting, top = [(folder, "")], real_path(folder)
+    waiting, real_top = [(top, "")], real_path(top)
     while waiting:
         here, prefix = waiting.pop()
         real = real_path(here)
         # A link that leads back would never end, and one that leads above the folder searches what nobody named.
-        if real in seen or (real != top and top.is_relative_to(real)):
+        if real in seen or (real != real_top and real_top.is_relative_to(real)):
             continue
         seen.add(real)
-        folders = []
-        try:
-            with os.scandir(here) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if _is_folder(entry):
-                        folders.append(entry.name)
-                    elif is_picture_name(entry.name):
-                        yield FoundImage(here / entry.name, prefix + entry.name)
-        except OSError as error:
-            raise DataError(f"the folder {here} cannot be read: {error.strerror}", "change its permissions") from error
+        folders: list[str] = []
+        pictures = _pictures(here, prefix, folders, strict=strict)
+        yield here, pictures
+        for _ in pictures:  # What nobody has looked at: the folders come among them.
+            pass
         # Sorted, for of two links to one folder the first counts.
         waiting += [(here / name, f"{prefix}{name}/") for name in sorted(folders, reverse=True)]
+
+
+def _pictures(here: Path, prefix: str, folders: list[str], *, strict: bool) -> Iterator[FoundImage]:
+    """The pictures in a folder itself, or the folder if it cannot be read; those in it are added to a list."""
+    try:
+        with os.scandir(here) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if _is_folder(entry):
+                    folders.append(entry.name)
+                elif is_picture_name(entry.name):
+                    yield FoundImage(here / entry.name, prefix + entry.name)
+    except OSError as error:
+        if strict:
+            raise DataError(f"the folder {here} cannot be read: {error.strerror}", "change its permissions") from error
+        yield FoundImage(here, prefix.removesuffix("/"))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -308,10 +321,21 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _match(pattern: str) -> Iterator[FoundImage]:
     parts = Path(pattern).parts
-    fixed = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
-    # glob.iglob rather than Path.glob, for that knows no absolute patterns and no hidden files.
-    for match in glob.iglob(pattern, recursive=True):  # noqa: PTH207
-        path = Path(match)
+    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    fixed = Path(*parts[:first])
+    for path in _matches(fixed, parts[first:]):
         if is_picture_name(path.name) and not path.is_dir():
             name = path.relative_to(fixed)
             yield FoundImage(path, path.name if ".." in name.parts else name.as_posix())
+
+
+def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """What a pattern matches below a folder, as `glob` does, but ``**`` enters each folder once, however links lead."""
+    if "**" not in parts:
+        # glob rather than Path.glob, for that knows no hidden files.
+        yield from (folder / name for name in glob.iglob(str(Path(*parts)), root_dir=folder))  # noqa: PTH207
+        return
+    at = parts.index("**")
+    for top in _matches(folder, parts[:at]) if at else (folder,):
+        for here, _ in _scan(top, strict=False):
+            yield from _matches(here, parts[at + 1 :] or ("*",))

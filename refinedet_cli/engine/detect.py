@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +30,7 @@ from refinedet_cli.engine.detect_names import UniqueNames
 from refinedet_cli.engine.detect_outputs import FORMATS
 from refinedet_cli.engine.detect_profile import Profile, make_clock, profile_of
 from refinedet_cli.engine.detect_reading import Decoded, Listed, blocks, read_groups
+from refinedet_cli.engine.detect_shards import is_own
 from refinedet_cli.engine.detect_store import InMemory, OnDisk, Store, Summary
 from refinedet_cli.engine.distributed import Shard
 from refinedet_cli.engine.predict import AnyPredictor
@@ -57,7 +58,7 @@ class DetectOptions:
         crops: write each object as a picture.
         formats: of `FORMATS`, to write beside `detections.json`.
         only_classes: names or category ids of the classes that are kept; empty keeps all.
-        resume: go on with the run that the output folder holds.
+        resume: go on with the run that the output folder holds; pictures that have failed are tried again.
         shard: the part of this process where several share the work; each takes whole blocks of ``batch`` pictures.
         readers: threads that decode, and as many that draw; None fits the machine.
         profile: measure where the time goes.
@@ -162,8 +163,8 @@ def detect(
 
     A picture that cannot be read or written is recorded with its problem, and the rest goes on. Each picture is in
     ``detections.jsonl`` as soon as it is done; from these lines the other files are made at the end, and a run that was
-    stopped, in whatever way, goes on. After an interrupt or an error, `detections.json` holds what was found so far,
-    marked as incomplete.
+    stopped, in whatever way, goes on, and tries again what has failed. After an interrupt or an error,
+    `detections.json` holds what was found so far, marked as incomplete.
 
     Where no pictures are written, and the detector resizes each as a whole, large JPEGs are decoded reduced, as
     `read_reduced` does, which the origin records. Boxes and sizes are those of the whole picture.
@@ -181,8 +182,8 @@ def detect(
 
     Raises:
         UsageError: ``out`` is a file, or cannot be a folder; it holds an unfinished run, or, to resume, one of other
-            pictures, another detector or other options; a class is not known.
-        DataError: an output cannot be written.
+            pictures, another detector or other options, or files that no run has written; a class is not known.
+        DataError: an output cannot be written, or the disk takes no more pictures.
         PartialError: from another process nothing came for long.
     """
     clock = make_clock(predictor.device) if options.profile else None
@@ -217,22 +218,25 @@ def _detect(
     origin = origin_of(predictor, score_threshold=options.score, only_classes=kept, reduced=input_size is not None)
     with _open_store(predictor, images, out, origin, options) as store:
         resumed = store.done
-        own = range(1, len(images) + 1) if options.shard is None else _own(len(images), options.batch, options.shard)
+        done, wanted = _count(len(images), options, store)
         run = _Run(
             predictor,
             choose=lambda found: _of_labels(found.above(options.score), labels),
             copies=copies,
             store=store,
             on_progress=on_progress,
-            done=sum(image_id in store for image_id in own),
-            total=len(own),
+            done=done,
+            total=done + wanted,
         )
         try:
             _go_through(run, images, options, store, threads=_threads(options, predictor), input_size=input_size)
         except BaseException:
-            # The pool has finished what it had begun.
-            run.settle(held_bytes=0)
-            store.stop()
+            # What ended the run is told, not what a disk that is full says next.
+            with suppress(DataError):
+                # The pool has finished what it had begun.
+                run.settle(held_bytes=0)
+            with suppress(DataError):
+                store.stop()
             raise
         with stage("outputs"):
             files, summary = store.finish(), store.summary()
@@ -257,7 +261,7 @@ def _open_store(
     predictor: AnyPredictor, images: Images, out: Path | None, origin: Origin, options: DetectOptions
 ) -> Store:
     if out is None:
-        return InMemory(predictor.classes)
+        return InMemory(predictor.classes, options.shard, options.batch)
     make_folder(out)
     key = RunKey.of(origin, predictor.config, images, annotated=options.draw, crops=options.crops)
     return OnDisk(
@@ -265,6 +269,7 @@ def _open_store(
         key,
         predictor.classes,
         outputs=options.outputs,
+        drawn=(image.name for image in images) if options.draw else (),
         resume=options.resume,
         shard=options.shard,
         batch=options.batch,
@@ -280,11 +285,10 @@ def _threads(options: DetectOptions, predictor: AnyPredictor) -> int:
 def _go_through(
     run: _Run, images: Images, options: DetectOptions, store: Store, *, threads: int, input_size: tuple[int, int] | None
 ) -> None:
-    """Work on all pictures that are this process's and not in the store yet; ``input_size`` as for `read_groups`."""
+    """Work on all pictures that the store wants of this process; ``input_size`` as for `read_groups`."""
 
-    def wanted(block: int, image_ids: Sequence[int]) -> bool:
-        own = options.shard is None or options.shard.has(block)
-        return own and not all(image_id in store for image_id in image_ids)
+    def wanted(_: int, image_ids: Sequence[int]) -> bool:
+        return any(map(store.wants, image_ids))
 
     with UniqueNames() as annotated, UniqueNames() as stems, ThreadPoolExecutor(threads) as pool:
         # All names are given, also those of pictures that are not wanted, so that they are the same in every process.
@@ -296,9 +300,15 @@ def _go_through(
         run.settle(held_bytes=0)
 
 
-def _own(total: int, batch: int, shard: Shard) -> Sequence[int]:
-    """The image ids of one process's pictures, as a list of small numbers."""
-    return array("q", (i for i in range(1, total + 1) if shard.has((i - 1) // batch)))
+def _count(total: int, options: DetectOptions, store: Store) -> tuple[int, int]:
+    """Count this process's pictures: those that are done, and those it has to work on."""
+    done = wanted = 0
+    for image_id in range(1, total + 1):
+        if store.wants(image_id):
+            wanted += 1
+        else:
+            done += is_own(image_id, options.shard, options.batch)
+    return done, wanted
 
 
 class _Pending(NamedTuple):
@@ -334,8 +344,8 @@ class _Run:
         return Targets(None, None) if self._copies is None else self._copies.targets(image.name, annotated, stems)
 
     def work(self, group: Sequence[Decoded], pool: ThreadPoolExecutor) -> None:
-        """Find the objects in a group of pictures, all of which count, and record those that are not in the store."""
-        if all(decoded.listed.image_id in self._store for decoded in group):
+        """Find the objects in a group of pictures, all of which count, and record those that the store wants."""
+        if not any(self._store.wants(decoded.listed.image_id) for decoded in group):
             return
         pictures = [reading.pixels for _, reading in group if isinstance(reading, Reading)]
         # What the predictor itself tells apart interrupts this stage.
@@ -343,15 +353,15 @@ class _Run:
             found = iter(self._predictor.predict(pictures) if pictures else [])
         self._store.begin()
         for listed, reading in group:
-            is_new = listed.image_id not in self._store
+            is_wanted = self._store.wants(listed.image_id)
             if isinstance(reading, DataError):
-                if is_new:
+                if is_wanted:
                     self._fail(listed, reading)
             else:
                 detections = self._choose(next(found))
-                if is_new:
+                if is_wanted:
                     self._take(listed, reading, detections, pool)
-            if is_new:
+            if is_wanted:
                 self._report(listed.image.name)
 
     def settle(self, *, held_bytes: int) -> None:
@@ -372,7 +382,10 @@ class _Run:
 
     def _fail(self, listed: Listed, error: DataError) -> None:
         path, name = listed.image.path, listed.image.name
-        record = PictureRecord(listed.image_id, path, name, 0, 0, problem=reason_of(error, path))
+        # A folder is in the list only if it could not be searched.
+        is_folder = os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises where a folder above may not be entered
+        reason = "is a folder that cannot be read; change its permissions" if is_folder else reason_of(error, path)
+        record = PictureRecord(listed.image_id, path, name, 0, 0, problem=reason)
         self._failed += 1
         self._pending.append(_Pending(record, 0, None))
         self.settle(held_bytes=detect_reading.HELD_BYTES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 from dataclasses import dataclass, replace
@@ -23,6 +24,9 @@ from refinedet_cli.errors import DataError
 
 ANNOTATED_NAME = "annotated"
 CROPS_NAME = "crops"
+
+# Why a disk takes no file at all, whichever picture it is of.
+_DISK_FAILS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
 
 _JPEG_QUALITY = 92
 _JPEG_LONGEST_SIDE = 65_500
@@ -70,6 +74,9 @@ class Copies:
 
         Returns:
             the record with their paths, and with a problem where one could not be written.
+
+        Raises:
+            DataError: the disk takes none: it is full, read-only or broken.
         """
         try:
             if targets.annotated is not None:
@@ -78,6 +85,8 @@ class Copies:
             if targets.stem is not None:
                 record = replace(record, crops=self._cut(record, targets.stem, pixels))
         except DataError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _DISK_FAILS:
+                raise DataError(error.message, f"{error.hint}; then go on with --resume") from error
             return replace(record, problem=reason_of(error, record.path))
         return record
 

@@ -1,8 +1,9 @@
 """The journal of a run: a line a picture, on disk as soon as the picture is done, from which a run can go on.
 
 The first line of ``detections.jsonl`` says what the run is: detector, options and pictures. A line a picture follows,
-with what was found or why it failed, and once all is written, a line that says so. Processes that share the work write
-one file each, ``detections-RANK.jsonl``; the run is what all files together say.
+with what was found or why it failed, and once all is written, a line that says so. A picture that failed may be tried
+again, and has another line then. Processes that share the work write one file each, ``detections-RANK.jsonl``; the run
+is what all files together say.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -100,7 +101,7 @@ class Earlier(NamedTuple):
     """What journals in a folder tell of the run that wrote them.
 
     Attributes:
-        done: pictures that have their line.
+        done: pictures with a line that tells of no problem.
         pictures: that the run has in all.
         finished: whether everything was written.
         outputs: the formats that it wrote, or was about to write.
@@ -115,7 +116,7 @@ class Earlier(NamedTuple):
 class Journal:
     """The pictures that a run is done with, on disk; an iterable of records, by image id, and a context manager.
 
-    Of each picture only the place of its line is held: ten bytes.
+    Of each picture only the place of its line is held, and whether it is to be tried again: eleven bytes.
 
     Args:
         folder: of all outputs.
@@ -124,7 +125,7 @@ class Journal:
         rank: of this process among those that share the work; None where it is alone.
 
     Attributes:
-        done: pictures that are in it.
+        done: pictures that are in it, those to be tried again aside.
     """
 
     def __init__(self, folder: Path, key: RunKey, classes: Classes, *, rank: int | None = None) -> None:
@@ -134,6 +135,8 @@ class Journal:
         self._names = dict(zip(classes.category_ids, classes.names, strict=True))
         self._offsets = array("q", [-1]) * (key.pictures + 1)
         self._files = array("H", [0]) * (key.pictures + 1)
+        self._again = bytearray(key.pictures + 1)
+        self._last, self._is_ordered = 0, True
         self._paths: list[Path] = []
         self._ends: list[int] = []
         self._own: FileIO | None = None
@@ -149,7 +152,7 @@ class Journal:
             self._own = None
 
     def __contains__(self, image_id: int) -> bool:
-        return self._offsets[image_id] >= 0
+        return self._offsets[image_id] >= 0 and not self._again[image_id]
 
     def __iter__(self) -> Iterator[PictureRecord]:
         with ExitStack() as stack:
@@ -161,14 +164,17 @@ class Journal:
                     yield _record(json.loads(file.readline()), self._folder)
 
     @property
-    def in_parts(self) -> bool:
-        """Whether it is spread over files."""
-        return self._rank is not None or len(self._paths) > 1
+    def is_merged(self) -> bool:
+        """Whether it is one file with one line a picture, by image id."""
+        return self._rank is None and len(self._paths) <= 1 and self._is_ordered
 
-    def read(self) -> None:
+    def read(self, *, again: bool = False) -> None:
         """Take up what all files of the folder hold beyond what was read of them before.
 
         A line that is cut off, as by a process that was killed, does not count, nor do any behind it.
+
+        Args:
+            again: a picture that has failed is to be tried again.
 
         Raises:
             UsageError: a file is of another run; tells how they differ.
@@ -178,7 +184,7 @@ class Journal:
             if path not in self._paths:
                 self._paths.append(path)
                 self._ends.append(0)
-            self._read_file(self._paths.index(path))
+            self._read_file(self._paths.index(path), again=again)
 
     def begin(self, outputs: Iterable[str]) -> None:
         """Make this process's own file ready for lines, cutting off what is not whole, and say what will be written.
@@ -212,7 +218,9 @@ class Journal:
         own = self._paths.index(self._path)
         offset = self._ends[own]
         self._append(_document(record, self._folder, self._names))
-        self._note(record.image_id, own, offset)
+        self._is_ordered &= record.image_id > self._last
+        self._note(record.image_id, own, offset, again=False)
+        self._finished = False
 
     def finish(self) -> None:
         """Say that all outputs are written."""
@@ -221,7 +229,7 @@ class Journal:
             self._finished = True
 
     def merge(self) -> None:
-        """Put the lines of all files into one, by image id, and remove the others.
+        """Put the lines of all files into one, one for each picture, by image id, and remove the files of processes.
 
         Raises:
             DataError: it cannot be written.
@@ -233,40 +241,51 @@ class Journal:
             for record in self:
                 file.write(_line(_document(record, self._folder, self._names)))
         self.__exit__()
-        for path in self._paths:
-            if path != target:
-                path.unlink(missing_ok=True)
+        remove_parts(self._folder)
         self._offsets = array("q", [-1]) * len(self._offsets)
+        self._again = bytearray(len(self._offsets))
         self._paths, self._ends, self._path, self._rank = [], [], target, None
-        self.done, self._finished = 0, False
+        self.done, self._finished, self._last, self._is_ordered = 0, False, 0, True
         self.read()
         self.begin(self._outputs)
 
     def missing(self) -> Iterator[int]:
         """The image ids of the pictures that are not in it."""
-        return (i for i, offset in enumerate(self._offsets) if i and offset < 0)
+        return (i for i in range(1, len(self._offsets)) if i not in self)
+
+    def is_to_try_again(self, image_id: int) -> bool:
+        """Tell whether a picture has failed before and was not tried since."""
+        return bool(self._again[image_id])
 
     def _append(self, document: dict[str, Any]) -> None:
         if self._own is None:
             raise RuntimeError("the journal has not begun")
-        line = _line(document)
+        line, own = _line(document), self._paths.index(self._path)
         try:
             if self._own.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
+            # What is written next must not stand behind half a line.
+            with suppress(OSError):
+                self._own.truncate(self._ends[own])
+            self._own.seek(self._ends[own])
             raise DataError(
                 f"cannot write {self._path}: {error.strerror}", "free some space, then go on with --resume"
             ) from error
-        self._ends[self._paths.index(self._path)] += len(line)
+        self._ends[own] += len(line)
 
-    def _read_file(self, number: int) -> None:
+    def _read_file(self, number: int, *, again: bool) -> None:
         path, start = self._paths[number], self._ends[number]
         for offset, end, document in _lines(path, start):
             if offset == 0:
                 _check_header(document, path, self._key)
                 self._outputs |= set(document["outputs"])
             elif isinstance(image_id := document.get("id"), int) and 0 < image_id <= self._key.pictures:
-                self._note(image_id, number, offset)
+                self._is_ordered &= image_id > self._last
+                # Of two files, that with the better news may be read first.
+                if "problem" not in document or image_id not in self:
+                    self._note(image_id, number, offset, again=again and "problem" in document)
+                self._finished = False
             elif "outputs" in document:
                 self._outputs |= set(document["outputs"])
                 self._finished = False
@@ -276,10 +295,10 @@ class Journal:
                 break
             self._ends[number] = end
 
-    def _note(self, image_id: int, file: int, offset: int) -> None:
-        if image_id not in self:
-            self._offsets[image_id], self._files[image_id] = offset, file
-            self.done += 1
+    def _note(self, image_id: int, file: int, offset: int, *, again: bool) -> None:
+        self.done += (not again) - (image_id in self)
+        self._offsets[image_id], self._files[image_id], self._again[image_id] = offset, file, again
+        self._last = max(self._last, image_id)
 
 
 def journals_in(folder: Path) -> list[Path]:
@@ -288,18 +307,27 @@ def journals_in(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove the files of processes that shared the work, whose lines are in that of the run or of no use."""
+    for path in journals_in(folder):
+        if path.name != JOURNAL_NAME:
+            path.unlink(missing_ok=True)
+
+
 def look_at(paths: Sequence[Path]) -> Earlier | None:
-    """Tell what journals hold; None where no picture is in them."""
+    """Tell what journals hold; None where none has begun."""
     done = pictures = 0
     finished, outputs = False, set()
     for path in paths:
         for offset, _, document in _lines(path, 0):
             if offset == 0:
                 pictures = _header(document, path)["sources"]["pictures"]
-            done += "id" in document
-            finished = "finished" in document or (finished and "outputs" not in document)
+            elif "id" in document or "outputs" in document:
+                finished = False
+            done += "id" in document and "problem" not in document
+            finished |= "finished" in document
             outputs |= set(document.get("outputs", ()))
-    return Earlier(done, pictures, finished, frozenset(outputs)) if done or finished else None
+    return Earlier(done, pictures, finished, frozenset(outputs)) if outputs else None
 
 
 def records_in(path: Path) -> Iterator[PictureRecord]:
@@ -309,7 +337,11 @@ def records_in(path: Path) -> Iterator[PictureRecord]:
 
 def _lines(path: Path, start: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """The whole lines from a place on, each with where it begins and ends; stops at the first that is none."""
-    with path.open("rb") as file:
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(path.open("rb"))
+        except FileNotFoundError:  # Rank 0 has merged it just now.
+            return
         file.seek(start)
         while line := file.readline():
             try:

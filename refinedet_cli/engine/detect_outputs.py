@@ -9,8 +9,9 @@ from pathlib import Path
 
 from refinedet_cli.core.config import Classes
 from refinedet_cli.data.files import write_whole
+from refinedet_cli.data.listing import DiskSet
 from refinedet_cli.engine.detect_copies import ANNOTATED_NAME, CROPS_NAME
-from refinedet_cli.engine.detect_journal import Earlier, records_in
+from refinedet_cli.engine.detect_journal import Earlier, journals_in, look_at, records_in, remove_parts
 from refinedet_cli.engine.detect_names import UniqueNames
 from refinedet_cli.engine.results import RESULTS_NAME, Origin, PictureRecord, write_records, write_results_list
 from refinedet_cli.errors import DataError, UsageError
@@ -31,8 +32,8 @@ _ENTRIES = {
     ANNOTATED_NAME: (ANNOTATED_NAME,),
     CROPS_NAME: (CROPS_NAME,),
 }
-# A drawn copy and a detections.json were always replaced; the other names are so usual that they may be a user's own.
-_GUARDED = ("results", "yolo", "csv", CROPS_NAME)
+# Of drawn copies each is looked at: a folder of that name may be a user's own, to which some are added.
+_GUARDED = ("coco", "results", "yolo", "csv", CROPS_NAME)
 
 
 def write_outputs(
@@ -84,10 +85,46 @@ def refuse_strangers(out: Path, outputs: Iterable[str], earlier: Earlier | None)
     for output in sorted(set(outputs) & set(_GUARDED) - ours):
         for name in _ENTRIES[output]:
             if (out / name).exists():
-                raise UsageError(
-                    f"{out / name} is there already, and no run in this folder has written it",
-                    "move it away, or choose another --out",
-                )
+                raise _not_ours(out / name)
+
+
+def refuse_copies_of_strangers(out: Path, names: Iterable[str], earlier: Earlier | None) -> None:
+    """Refuse to draw a picture to where a file lies that no run of this tool has written.
+
+    Args:
+        out: the folder of the run.
+        names: of all pictures that are drawn.
+        earlier: what the journals in the folder tell.
+
+    Raises:
+        UsageError: names it.
+    """
+    folder = out / ANNOTATED_NAME
+    if _is_drawing(earlier) or not folder.is_dir():
+        return
+    with DiskSet() as known, UniqueNames() as unique:
+        for journal in journals_in(out):
+            for record in records_in(journal):
+                if record.annotated is not None:
+                    known.add(str(record.annotated))
+        for name in names:
+            path = folder / unique.annotated(name)
+            if path.is_file() and known.add(str(path)):
+                # Another process of this run may have found no strangers, and begun to draw since.
+                if _is_drawing(look_at(journals_in(out))):
+                    return
+                raise _not_ours(path)
+
+
+def _is_drawing(run: Earlier | None) -> bool:
+    """Whether a run that did not come to its end may have drawn copies that are not in its journal yet."""
+    return run is not None and not run.finished and ANNOTATED_NAME in run.outputs
+
+
+def _not_ours(path: Path) -> UsageError:
+    return UsageError(
+        f"{path} is there already, and no run in this folder has written it", "move it away, or choose another --out"
+    )
 
 
 def remove_earlier(out: Path, journal: Path, earlier: Earlier) -> int:
@@ -105,6 +142,7 @@ def remove_earlier(out: Path, journal: Path, earlier: Earlier) -> int:
                 (out / name).unlink()
     for folder in folders:
         _remove_empty(folder)
+    remove_parts(out)
     return removed
 
 

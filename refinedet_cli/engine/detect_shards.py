@@ -13,6 +13,11 @@ PATIENCE = 600.0
 _POLL = 0.5
 
 
+def is_own(image_id: int, shard: Shard | None, batch: int) -> bool:
+    """Tell whether a picture is in a block of a process; one that is alone has all."""
+    return shard is None or shard.has((image_id - 1) // batch)
+
+
 def wait_for_all(journal: Journal, shard: Shard, batch: int) -> None:
     """Wait until all processes have written all their pictures.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -16,8 +17,13 @@ from refinedet_cli.engine.detect_journal import (
     journals_in,
     look_at,
 )
-from refinedet_cli.engine.detect_outputs import refuse_strangers, remove_earlier, write_outputs
-from refinedet_cli.engine.detect_shards import wait_for_all
+from refinedet_cli.engine.detect_outputs import (
+    refuse_copies_of_strangers,
+    refuse_strangers,
+    remove_earlier,
+    write_outputs,
+)
+from refinedet_cli.engine.detect_shards import is_own, wait_for_all
 from refinedet_cli.engine.distributed import Shard
 from refinedet_cli.engine.results import RESULTS_NAME, ClassTally, PictureRecord, write_records
 from refinedet_cli.engine.stages import stage
@@ -85,7 +91,8 @@ class Store(Protocol):
 
     def __exit__(self, *_: object) -> None: ...
 
-    def __contains__(self, image_id: int) -> bool: ...
+    def wants(self, image_id: int) -> bool:
+        """Tell whether this process has to work on a picture."""
 
     def begin(self) -> None:
         """Get ready for the first record; calls after the first do nothing."""
@@ -106,9 +113,10 @@ class Store(Protocol):
 class InMemory:
     """Keeps the sums alone."""
 
-    def __init__(self, classes: Classes) -> None:
+    def __init__(self, classes: Classes, shard: Shard | None, batch: int) -> None:
         self.done = self.removed = 0
         self._summary = Summary(classes)
+        self._shard, self._batch = shard, batch
 
     def __enter__(self) -> Self:
         return self
@@ -116,8 +124,9 @@ class InMemory:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def __contains__(self, image_id: int) -> bool:
-        return False
+    def wants(self, image_id: int) -> bool:
+        """All are wanted that are in the blocks of this process."""
+        return is_own(image_id, self._shard, self._batch)
 
     def begin(self) -> None:
         """Nothing has to be made ready."""
@@ -146,6 +155,7 @@ class OnDisk:
         key: of the run.
         classes: of the detector.
         outputs: formats to write, and kinds of pictures.
+        drawn: names of the pictures that are drawn.
         resume: go on with what is there.
         shard: the part of this process; None where it is alone.
         batch: pictures in a block.
@@ -165,6 +175,7 @@ class OnDisk:
         classes: Classes,
         *,
         outputs: frozenset[str],
+        drawn: Iterable[str],
         resume: bool,
         shard: Shard | None,
         batch: int,
@@ -178,11 +189,15 @@ class OnDisk:
         # Rank 0 removes the journals of the others as soon as they hold their last picture.
         self._own = Summary(classes) if shard is not None and shard.rank else None
         if resume:
+            # Of several processes one alone tries again what has failed: none could tell when another has done so.
+            self._journal.read(again=self._own is None)
+        elif self._comes_late(key):
             self._journal.read()
-            refuse_strangers(out, outputs, look_at(journals_in(out)))
         else:
             self._earlier = _refuse_unfinished(out, shard)
-            refuse_strangers(out, outputs, look_at(journals_in(out)))
+        there = look_at(journals_in(out))
+        refuse_strangers(out, outputs, there)
+        refuse_copies_of_strangers(out, drawn, there)
 
     def __enter__(self) -> Self:
         return self
@@ -190,8 +205,11 @@ class OnDisk:
     def __exit__(self, *_: object) -> None:
         self._journal.__exit__()
 
-    def __contains__(self, image_id: int) -> bool:
-        return image_id in self._journal
+    def wants(self, image_id: int) -> bool:
+        """Wanted is what is in the blocks of this process and not done, and what is to be tried again."""
+        if image_id in self._journal:
+            return False
+        return is_own(image_id, self._shard, self._batch) or self._journal.is_to_try_again(image_id)
 
     @property
     def done(self) -> int:
@@ -221,13 +239,13 @@ class OnDisk:
 
     def finish(self) -> list[Path]:
         """Wait for the other processes, join what all have found, and write the outputs; rank 0 alone does so."""
+        if self._own is not None:
+            return []
         self.begin()
         if self._shard is not None:
-            if self._shard.rank:
-                return []
             with stage("wait for processes"):
                 wait_for_all(self._journal, self._shard, self._batch)
-        if self._journal.in_parts:
+        if not self._journal.is_merged:
             self._journal.merge()
         written = write_outputs(self._out, self._journal, self._classes, self._origin, self._outputs, complete=True)
         self._journal.finish()
@@ -242,6 +260,17 @@ class OnDisk:
             summary.add(record)
         return summary
 
+    def _comes_late(self, key: RunKey) -> bool:
+        """Whether rank 0 has merged all pictures of this very run before this process, which has none, looked."""
+        if self._own is None or not (self._out / JOURNAL_NAME).exists():
+            return False
+        with Journal(self._out, key, self._classes) as merged:
+            try:
+                merged.read()
+            except UsageError:
+                return False
+            return next(merged.missing(), None) is None
+
 
 def _refuse_unfinished(out: Path, shard: Shard | None) -> Earlier | None:
     """Find the finished run that a new one replaces; None where there is none.
@@ -254,8 +283,8 @@ def _refuse_unfinished(out: Path, shard: Shard | None) -> Earlier | None:
         fellows = {out / journal_name(rank) for rank in range(shard.count) if rank != shard.rank}
         paths = [path for path in paths if path not in fellows]
     earlier = look_at(paths)
-    if earlier is None:
-        return None
+    if earlier is None or not (earlier.done or earlier.finished):
+        return None if shard is not None else earlier
     if not earlier.finished:
         raise UsageError(
             f"{out} holds a run that was not finished: {earlier.done:,} of {earlier.pictures:,} pictures are done",

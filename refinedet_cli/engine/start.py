@@ -109,10 +109,13 @@ def _wanted_input(file: BackboneFile, config: PreprocessConfig) -> PreprocessCon
 
 
 def _preset_of(weights: str | None, classes: Classes) -> Preset:
-    """Take the detector of the weights, whatever was set for it, with the recipe of its preset."""
-    if weights is None or weights == NO_WEIGHTS:
+    """Take the detector of the weights, whatever was set for it, with the recipe of its preset.
+
+    That of the bundled weights is the preset's own, named or not: they were trained in other ways, one after the other.
+    """
+    if weights == NO_WEIGHTS or (path := resolve_weights(weights)) == resolve_weights(None):
         return get_preset(DEFAULT_PRESET, classes)
-    config, _ = read_header(resolve_weights(weights))
+    config, _ = read_header(path)
     return replace(get_preset(config.preset, classes), detector=replace(config, classes=classes))
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -96,12 +99,16 @@ def test_equal_names_in_different_folders_become_unique(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_names_that_differ_only_in_case_become_unique(tmp_path: Path) -> None:
+def test_names_that_differ_only_in_case_stay_as_they_are(tmp_path: Path) -> None:
     touch(tmp_path, "A.jpg", "a.jpg")
     if len(list(tmp_path.iterdir())) == 1:
         pytest.skip("this file system does not tell cases apart")
-    found = names(tmp_path)
-    assert len({name.casefold() for name in found}) == 2
+    touch(tmp_path, "s/a.jpg")
+    assert names(tmp_path) == ["A.jpg", "a.jpg", "s/a.jpg"]
+    # What is lengthened is what is equal, and nothing else.
+    assert names(tmp_path / "A.jpg", tmp_path / "a.jpg", tmp_path / "s") == [
+        "A.jpg", f"{tmp_path.name}/a.jpg", "s/a.jpg",
+    ]  # fmt: skip
 
 
 def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
@@ -109,6 +116,80 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (tmp_path / "set" / "linked").symlink_to(tmp_path / "pool")
     (tmp_path / "set" / "up").symlink_to(tmp_path / "set")
     assert names(tmp_path / "set") == ["b.jpg", "linked/a.jpg"]
+
+
+def test_names_longer_than_their_paths_are_numbered(tmp_path: Path) -> None:
+    count = len(tmp_path.parts) + 5
+    for root in ("x", "y"):
+        for i in range(count):
+            touch(tmp_path, f"{root}{i}/{'a.jpg' if i == count - 1 else 'notes.txt'}")
+            if i:
+                (tmp_path / f"{root}{i - 1}" / "l").symlink_to(tmp_path / f"{root}{i}")
+    folders = "l/" * (count - 1)
+    assert names(tmp_path / "x0", tmp_path / "y0") == [f"{folders}a.jpg", f"{folders}a-2.jpg"]
+
+
+@pytest.mark.parametrize("pattern", ["**/*.jpg", "**", "**/**/*.jpg", "*/**/*.jpg", "s*/../**/*.jpg"])
+def test_patterns_do_not_go_round_with_links(tmp_path: Path, pattern: str) -> None:
+    touch(tmp_path, "in/s/a.jpg", "in/s/t/b.jpg", "in/s/.h/c.jpg", "pool/d.jpg")
+    for i in range(3):
+        (tmp_path / "in" / "s" / f"up{i}").symlink_to(tmp_path / "in")
+        (tmp_path / "in" / "s" / "t" / f"here{i}").symlink_to(tmp_path / "in" / "s" / "t")
+    (tmp_path / "in" / "s" / "t" / "linked").symlink_to(tmp_path / "pool")
+    found = find_images([str(tmp_path / "in" / pattern)])
+    assert sorted(image.path.name for image in found) == ["a.jpg", "b.jpg", "d.jpg"]
+
+
+@given(
+    st.lists(
+        st.sampled_from(["**", "*", "a", "?", "[ab]", "[!a]*", ".h", "**a", "*.jpg", ".."]), min_size=1, max_size=4
+    )
+)
+def test_patterns_match_what_glob_matches(tmp_path_factory: pytest.TempPathFactory, parts: list[str]) -> None:
+    folder = tmp_path_factory.getbasetemp() / "as glob"
+    touch(folder, "x.jpg", "a/y.jpg", "a/a/z.jpg", "a/b/c/w.jpg", "b/.h/v.jpg", ".h/a/u.jpg", "b/a.jpg", "b/n.txt")
+    pattern = str(folder / Path("*", *parts))
+    expected = {Path(p).resolve() for p in glob.glob(pattern, recursive=True) if p.endswith(".jpg")}  # noqa: PTH207
+    if not expected:
+        with pytest.raises(DataError, match="matches no pictures"):
+            find_images([pattern])
+    else:
+        assert {image.path.resolve() for image in find_images([pattern])} == expected
+
+
+def lock(monkeypatch: pytest.MonkeyPatch, locked: Path) -> None:
+    """Make a folder unreadable, for root too."""
+    scan = os.scandir
+
+    def refuse(path: Any = ".") -> Any:
+        if not isinstance(path, int) and Path(path) == locked:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+
+def test_a_folder_that_cannot_be_read_is_listed_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a.jpg", "lost+found/b.jpg", "z/c.jpg")
+    lock(monkeypatch, tmp_path / "lost+found")
+    with list_images([str(tmp_path)]) as images:
+        assert [image.name for image in images] == ["a.jpg", "lost+found", "z/c.jpg"]
+    with list_images([str(tmp_path / "**" / "*.jpg")]) as images:
+        assert [image.name for image in images] == ["a.jpg", "z/c.jpg"]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_where_it_is_named_or_nothing_may_be_lacking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "a.jpg", "lost+found/b.jpg")
+    lock(monkeypatch, tmp_path / "lost+found")
+    with pytest.raises(DataError, match=r"lost\+found cannot be read"):
+        find_images([str(tmp_path)])
+    with (
+        pytest.raises(DataError, match=r"lost\+found' cannot be read"),
+        list_images([str(tmp_path / "a.jpg"), str(tmp_path / "lost+found")]),
+    ):
+        pass
 
 
 def test_a_link_above_the_folder_searches_nothing_else(tmp_path: Path) -> None:

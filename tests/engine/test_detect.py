@@ -227,6 +227,18 @@ def test_only_bad_files(predictor, tmp_path):
     assert document(tmp_path / "out")["images"] == []
 
 
+def test_a_folder_that_could_not_be_searched_is_a_failure(predictor, photos, tmp_path):
+    (photos / "lost+found").mkdir()
+    images = [*find_images([str(photos)]), FoundImage(photos / "lost+found", "lost+found")]
+    result = go(predictor, images, tmp_path / "out")
+    (failure,) = result.summary.problems
+    assert (failure.file_name, failure.problem) == (
+        "lost+found",
+        "is a folder that cannot be read; change its permissions",
+    )
+    assert result.summary.read == 7
+
+
 def test_a_bug_in_reading_is_not_taken_for_a_bad_file(predictor, photos, tmp_path, monkeypatch):
     def broken(*_: object) -> None:
         raise ZeroDivisionError

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import threading
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +21,13 @@ from PIL import Image
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import tiny
 from refinedet_cli.core.structures import Detections
+from refinedet_cli.data.files import write_whole
 from refinedet_cli.data.listing import find_images
-from refinedet_cli.engine import detect_reading, detect_shards, detect_store
+from refinedet_cli.engine import detect_copies, detect_reading, detect_shards, detect_store
 from refinedet_cli.engine.detect import DetectOptions, DetectResult, detect
 from refinedet_cli.engine.distributed import Shard
 from refinedet_cli.errors import DataError, PartialError, UsageError
+from refinedet_cli.files import cannot_write
 
 CLASSES = Classes(names=("person", "cat"), category_ids=(1, 17))
 
@@ -156,8 +161,10 @@ def test_a_run_that_was_interrupted_anywhere_ends_the_same(predictor, photos, tm
     assert partial["info"]["complete"] is False
     reports = []
     result = go(predictor, photos, tmp_path / "out", resume=True, on_progress=reports.append, **options)
-    assert (result.resumed, result.worked) == (stop, 7 - stop)
-    assert [report.done for report in reports] == list(range(stop + 1, 8))
+    # The fourth cannot be read, and is tried again.
+    done = stop - (stop >= 4)
+    assert (result.resumed, result.worked) == (done, 7 - done)
+    assert [report.done for report in reports] == list(range(done + 1, 8))
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert result.summary.count == 7
 
@@ -180,17 +187,107 @@ def test_resume_where_there_is_nothing_begins(predictor, photos, tmp_path):
 
 
 def test_a_finished_run_is_not_computed_again_and_can_be_written_in_other_formats(predictor, photos, tmp_path):
+    (photos / "d.jpg").unlink()
     go(predictor, photos, tmp_path / "both", formats=frozenset({"csv"}))
     go(predictor, photos, tmp_path / "later")
     before = predictor.seen
     result = go(predictor, photos, tmp_path / "later", formats=frozenset({"csv"}), resume=True)
     assert predictor.seen == before
-    assert (result.resumed, result.worked) == (7, 0)
+    assert (result.resumed, result.worked) == (6, 0)
     both, later = files(tmp_path / "both"), files(tmp_path / "later")
     assert both.pop("detections.jsonl") != later.pop("detections.jsonl")
     assert both == later
     # A new run knows that the table is its own, and may replace it.
     go(predictor, photos, tmp_path / "later", formats=frozenset({"csv"}))
+
+
+def mend(photos) -> None:
+    shutil.copy(photos / "c.jpg", photos / "d.jpg")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_picture_that_failed_is_tried_again(predictor, photos, tmp_path, finished):
+    # One at a time, for those computed together with a picture that could not be read were computed without it.
+    out, options = tmp_path / "out", {"draw": True, "crops": True, "formats": frozenset({"yolo"}), "batch": 1}
+    if finished:
+        assert go(predictor, photos, out, **options).summary.failed == 1
+    else:
+        interrupted(predictor, photos, out, **options)
+    mend(photos)
+    result = go(predictor, photos, out, resume=True, **options)
+    assert (result.summary.count, result.summary.read, result.summary.failed) == (7, 7, 0)
+    assert result.worked == (1 if finished else 4)
+    go(predictor, photos, tmp_path / "whole", **options)
+    assert files(out) == files(tmp_path / "whole")
+    assert json.loads((out / "detections.json").read_text())["info"]["failures"] == []
+
+
+def test_a_finished_run_that_tries_again_is_unfinished_until_it_ends(predictor, photos, tmp_path):
+    out = tmp_path / "out"
+    go(predictor, photos, out, batch=1)
+    mend(photos)
+
+    def interrupt(progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(predictor, photos, out, batch=1, resume=True, on_progress=interrupt)
+    # The new line stands behind that of the end.
+    assert [line.get("id") for line in lines(out)[-2:]] == [None, 4]
+    with pytest.raises(UsageError, match="not finished: 7 of 7"):
+        go(predictor, photos, out)
+    assert go(predictor, photos, out, batch=1, resume=True).worked == 0
+    go(predictor, photos, tmp_path / "whole", batch=1)
+    assert files(out) == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("options", [{"draw": True}, {"crops": True}])
+def test_a_disk_that_takes_no_more_ends_the_run_which_goes_on_later(
+    predictor, photos, tmp_path, monkeypatch, number, options
+):
+    out, calls = tmp_path / "out", []
+
+    def write(path: Path, content: bytes) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            error = OSError(number, os.strerror(number))
+            raise cannot_write(path, error) from error
+        write_whole(path, content)
+
+    monkeypatch.setattr(detect_copies, "write_whole", write)
+    with pytest.raises(DataError, match=os.strerror(number)) as caught:
+        go(predictor, photos, out, **options)
+    assert "--resume" in caught.value.hint
+    assert str(calls[1]) in caught.value.message
+    assert not [line for line in lines(out) if "problem" in line and "cannot write" in line["problem"]]
+    assert json.loads((out / "detections.json").read_text())["info"]["complete"] is False
+    go(predictor, photos, out, resume=True, **options)
+    go(predictor, photos, tmp_path / "whole", **options)
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_a_journal_that_a_full_disk_cuts_holds_no_half_line(predictor, photos, tmp_path, monkeypatch):
+    out, real = tmp_path / "out", Path.open
+
+    class Full(FileIO):
+        def write(self, data) -> int:
+            # The third line is cut; behind it there is room again.
+            self.lines = getattr(self, "lines", 0) + 1
+            return super().write(data[:9] if self.lines == 3 else data)
+
+    def open_full(path: Path, mode: str = "r", *args, **kwargs):
+        return Full(path, "r+") if mode == "r+b" else real(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", open_full)
+    with pytest.raises(DataError, match="No space left"):
+        go(predictor, photos, out, draw=True)
+    monkeypatch.undo()
+    # What was under way is recorded behind the line that is lacking.
+    assert [line["id"] for line in lines(out)[1:]][:2] == [1, 2]
+    go(predictor, photos, out, draw=True, resume=True)
+    go(predictor, photos, tmp_path / "whole", draw=True)
+    assert files(out) == files(tmp_path / "whole")
 
 
 def interrupted(predictor, photos, out, **options) -> None:
@@ -205,7 +302,7 @@ def interrupted(predictor, photos, out, **options) -> None:
 def test_an_unfinished_run_is_not_overwritten(predictor, photos, tmp_path):
     interrupted(predictor, photos, tmp_path / "out")
     before = files(tmp_path / "out")
-    with pytest.raises(UsageError, match="not finished: 4 of 7 pictures are done") as caught:
+    with pytest.raises(UsageError, match="not finished: 3 of 7 pictures are done") as caught:
         go(predictor, photos, tmp_path / "out")
     assert "--resume" in caught.value.hint
     assert files(tmp_path / "out") == before
@@ -311,6 +408,42 @@ def test_a_users_own_files_are_not_overwritten(predictor, photos, tmp_path, name
     assert set(out.iterdir()) == {out / name}
 
 
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("name", ["detections.json", "annotated/a.png", "annotated/c.jpg"])
+def test_a_users_own_copies_and_document_are_not_overwritten(predictor, photos, tmp_path, name, resume):
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_bytes(b"mine")
+    with pytest.raises(UsageError, match=f"{name} is there already") as caught:
+        go(predictor, photos, out, draw=True, resume=resume)
+    assert caught.value.hint
+    assert files(out) == {name: b"mine"}
+
+
+def test_copies_are_drawn_beside_a_users_own(predictor, photos, tmp_path):
+    out = tmp_path / "out"
+    (out / "annotated").mkdir(parents=True)
+    (out / "annotated" / "mine.png").write_bytes(b"mine")
+    for _ in range(2):
+        go(predictor, photos, out, draw=True)
+    assert files(out)["annotated/mine.png"] == b"mine"
+    # A picture of that name comes later.
+    (photos / "a.png").rename(photos / "mine.png")
+    before = files(out)
+    with pytest.raises(UsageError, match=r"mine\.png is there already"):
+        go(predictor, photos, out, draw=True)
+    assert files(out) == before
+
+
+def test_copies_of_a_run_that_was_killed_before_its_first_line_are_its_own(predictor, photos, tmp_path):
+    out = tmp_path / "out"
+    go(predictor, photos, tmp_path / "whole", draw=True, crops=True)
+    shutil.copytree(tmp_path / "whole", out)
+    (out / "detections.jsonl").write_text((out / "detections.jsonl").read_text().splitlines()[0] + "\n")
+    go(predictor, photos, out, draw=True, crops=True, resume=True)
+    assert files(out) == files(tmp_path / "whole")
+
+
 def test_a_journal_cannot_make_a_run_remove_files_elsewhere(predictor, photos, tmp_path):
     out = tmp_path / "out"
     go(predictor, photos, out, draw=True)
@@ -361,7 +494,8 @@ def test_a_lost_process_is_named_and_others_go_on_in_its_place(predictor, photos
         shared(predictor, photos, tmp_path / "many", [2, 0], 3, batch=1)
     assert "--resume" in caught.value.hint
     again = shared(predictor, photos, tmp_path / "many", [1, 0], 2, batch=1, resume=True)
-    assert sum(result.worked for result in again) == 2
+    # What rank 1 lacked, and the picture that cannot be read, once more.
+    assert sum(result.worked for result in again) == 3
     assert files(tmp_path / "many") == files(tmp_path / "one")
 
 
@@ -374,19 +508,67 @@ def test_one_process_goes_on_for_several_and_several_for_one(predictor, photos, 
     with pytest.raises(PartialError, match="rank 1 lacks 1"):
         shared(predictor, photos, out, [0], 2, batch=2, resume=True)
     result = go(predictor, photos, out, batch=2, resume=True)
-    assert (result.resumed, result.worked) == (6, 1)
+    assert (result.resumed, result.worked) == (5, 2)
     assert files(out) == files(tmp_path / "one")
 
 
 def test_processes_do_not_replace_a_run(predictor, photos, tmp_path):
     go(predictor, photos, tmp_path / "out")
+    before = files(tmp_path / "out")
     with pytest.raises(UsageError, match="several processes cannot replace"):
-        shared(predictor, photos, tmp_path / "out", [1], 2)
+        shared(predictor, photos, tmp_path / "out", [0], 2)
+    with pytest.raises(UsageError, match="several processes cannot replace"):
+        shared(predictor, photos, tmp_path / "out", [1], 2, score=0.5)
+    assert files(tmp_path / "out") == before
     shared(predictor, photos, tmp_path / "half", [1], 2)
     with pytest.raises(UsageError, match="not finished"):
         shared(predictor, photos, tmp_path / "half", [1], 2)
     with pytest.raises(UsageError, match="not finished"):
         go(predictor, photos, tmp_path / "half")
+
+
+def test_a_process_without_pictures_leaves_nothing_behind(predictor, photos, tmp_path):
+    out = tmp_path / "out"
+    go(predictor, photos, tmp_path / "one", batch=4)
+    # Two blocks for three processes; the last comes before, and after, rank 0 has joined all.
+    *_, early, _, _, late = shared(predictor, photos, out, [2, 1, 0, 2], 3, batch=4)
+    assert (early.worked, late.worked, late.files) == (0, 0, ())
+    assert files(out) == files(tmp_path / "one")
+    go(predictor, photos, out, batch=4)
+
+
+def test_a_process_that_comes_while_outputs_are_written_has_nothing_to_do(predictor, photos, tmp_path):
+    out = tmp_path / "out"
+    go(predictor, photos, out, draw=True)
+    journal = (out / "detections.jsonl").read_text().splitlines(keepends=True)
+    (out / "detections.jsonl").write_text("".join(journal[:-1]))
+    (late,) = shared(predictor, photos, out, [1], 2, draw=True)
+    assert late.worked == 0
+
+
+def test_a_journal_without_pictures_that_a_process_left_is_in_nobodys_way(predictor, photos, tmp_path):
+    out = tmp_path / "out"
+    go(predictor, photos, out)
+    (out / "detections-3.jsonl").write_text((out / "detections.jsonl").read_text().splitlines()[0] + "\n")
+    go(predictor, photos, out, score=0.5)
+    assert set(files(out)) == {"detections.json", "detections.jsonl"}
+
+
+@pytest.mark.parametrize("ranks", [[0, 1], [1, 0]])
+def test_several_processes_try_again_what_failed(predictor, photos, tmp_path, monkeypatch, ranks):
+    monkeypatch.setattr(detect_shards, "PATIENCE", 0.05)
+    monkeypatch.setattr(detect_shards, "_POLL", 0.01)
+    out = tmp_path / "out"
+    # Of two processes, the second would have the picture that cannot be read, and has one that is lacking.
+    with pytest.raises(PartialError, match="rank 2 lacks 2"):
+        shared(predictor, photos, out, [1, 0], 3, batch=1)
+    mend(photos)
+    with contextlib.suppress(PartialError):
+        shared(predictor, photos, out, ranks, 2, batch=1, resume=True)
+    result = go(predictor, photos, out, batch=1, resume=True)
+    go(predictor, photos, tmp_path / "one", batch=1)
+    assert files(out) == files(tmp_path / "one")
+    assert (result.summary.count, result.summary.failed) == (7, 0)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from refinedet_cli.engine.run_file import RunFile, read_run_file
 from refinedet_cli.engine.start import resolve_config, start_detector
 from refinedet_cli.errors import CheckpointError, ConfigError, UsageError
 from refinedet_cli.zoo.backbone_weights import BackboneFile, find_backbone_weights
-from refinedet_cli.zoo.checkpoint import file_sha256, save_checkpoint
+from refinedet_cli.zoo.checkpoint import file_sha256, read_header, save_checkpoint
+from refinedet_cli.zoo.hub import resolve_weights
 
 TWO = Classes(names=("sofa", "dog"), category_ids=(1, 2))
 OTHERS = Classes(names=("zebra", "couch", "tvmonitor"), category_ids=(5, 6, 7))
@@ -131,6 +132,12 @@ def test_weights_bring_their_own_settings_unless_a_preset_is_named(tmp_path):
     assert resolve(preset=None, weights=str(path)).detector.network.tcb_channels == 48
     assert resolve("network.tcb_channels=64", preset=None, weights=str(path)).detector.network.tcb_channels == 64
     assert resolve(preset="tiny", weights=str(path)) == tiny(TWO)
+
+
+def test_the_bundled_weights_bring_the_recipe_of_their_preset_named_or_not():
+    named = resolve(preset=None, weights=DEFAULT_PRESET)
+    assert named == resolve(preset=None, weights=None) == get_preset(DEFAULT_PRESET, TWO)
+    assert named.detector.loss != read_header(resolve_weights(DEFAULT_PRESET))[0].loss
 
 
 def test_the_config_of_a_run_replays_it(tmp_path):
