@@ -22,7 +22,7 @@ from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.data.images import read_image
 from refinedet_cli.data.mosaic import draw_panels
 from refinedet_cli.data.sampling import draw_companions, draw_weighted
-from refinedet_cli.errors import DataError
+from refinedet_cli.errors import DataError, DeviceError
 
 # Batches that each worker keeps ready.
 PREFETCHED = 4
@@ -284,6 +284,7 @@ def make_loader(
 
     Raises:
         DataError: a picture cannot be read.
+        DeviceError: a process was killed in the moment of handing a batch over.
     """
     loader = DataLoader(
         _Guarded(data),
@@ -295,10 +296,29 @@ def make_loader(
         timeout=_PATIENCE_SECONDS if workers else 0,
         worker_init_fn=_leave_interrupts_to_the_run,
     )
-    for batch in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (OSError, EOFError) as error:
+            if not workers:
+                raise
+            # What a worker hands over needs its help to be taken: in that moment, it was killed.
+            raise lost_worker(error) from None
+        if batch is None:
+            return
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+def lost_worker(error: Exception) -> DeviceError:
+    """Say what it means that a process that makes samples is gone, which was noticed by an error."""
+    return DeviceError(
+        f"a process that loads training pictures is lost: {error}",
+        "most often memory ran out: give fewer --workers or --no-cache; in a container, more shared memory "
+        "(docker run --shm-size)",
+    )
 
 
 def _leave_interrupts_to_the_run(worker: int) -> None:

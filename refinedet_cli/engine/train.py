@@ -22,7 +22,7 @@ from refinedet_cli.core.detector import Detector
 from refinedet_cli.core.structures import LossParts, Targets
 from refinedet_cli.data.dataset import Dataset
 from refinedet_cli.data.files import make_folder, write_json
-from refinedet_cli.data.loading import Batch, Draw, TrainingSet, make_loader
+from refinedet_cli.data.loading import Batch, Draw, TrainingSet, lost_worker, make_loader
 from refinedet_cli.data.sampling import repeat_factors
 from refinedet_cli.engine.capture import remove_captures
 from refinedet_cli.engine.device import Precision
@@ -47,7 +47,7 @@ from refinedet_cli.engine.run_log import RunLog, StepReport
 from refinedet_cli.engine.run_record import BEST_FILE, CONFIG_FILE, LAST_FILE, STATE_FILE
 from refinedet_cli.engine.run_state import RunState, load_state, save_state
 from refinedet_cli.engine.watch import HealthReport
-from refinedet_cli.errors import ConfigError, DeviceError
+from refinedet_cli.errors import ConfigError
 from refinedet_cli.files import remove_leftovers
 from refinedet_cli.metrics.coco import CocoResult
 from refinedet_cli.zoo.checkpoint import LoadedDetector, save_checkpoint
@@ -249,11 +249,7 @@ def _loading_processes() -> Iterator[None]:
     except RuntimeError as error:
         if not re.search(r"^DataLoader (worker|timed out)", str(error)):
             raise
-        raise DeviceError(
-            f"a process that loads training pictures is lost: {error}",
-            "most often memory ran out: give fewer --workers or --no-cache; in a container, more shared memory "
-            "(docker run --shm-size)",
-        ) from None
+        raise lost_worker(error) from None
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
