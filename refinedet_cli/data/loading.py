@@ -28,7 +28,7 @@ from refinedet_cli.errors import DataError, DeviceError
 PREFETCHED = 4
 # After so long without a batch, it is lost: a worker that cannot hand it over, as where shared memory is full, says
 # nothing and goes on.
-_PATIENCE_SECONDS = 1800.0
+_PATIENCE_SECONDS = 300.0
 
 
 class Draw(NamedTuple):
