@@ -7,8 +7,8 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -343,27 +343,28 @@ class _Run:
         """Train until the end, or until asked to stop; tells which."""
         if not self.evaluated:
             self._evaluate()
-        batches = self._batches()
-        # At once after the first step, so that a disk that is full or read-only is found out before hours are spent.
-        saved = -math.inf
-        # Asked before a step too: a run that ended so and is resumed has nothing left to do.
-        while not self._is_out_of_patience() and (batch := next(batches, None)) is not None:
-            self._train_step(batch)
-            evaluate_now = self._is_evaluation_step()
-            self.evaluated = not evaluate_now or self.validation is None
-            if evaluate_now or time.monotonic() - saved >= self.options.save_seconds:
-                self._save()
-                saved = time.monotonic()
-            if not self.evaluated:
-                self._evaluate()
-            goes_on = self.step < self.plan.steps and not self._is_out_of_patience()
-            if goes_on and self.processes.any(self.options.should_stop()):
-                if not evaluate_now:
+        # Closed whatever happens: loading processes that outlive an error would be waited for at the end of this one.
+        with closing(self._batches()) as batches:
+            # At once after the first step, so that a disk that is full or read-only is found out before it matters.
+            saved = -math.inf
+            # Asked before a step too: a run that ended so and is resumed has nothing left to do.
+            while not self._is_out_of_patience() and (batch := next(batches, None)) is not None:
+                self._train_step(batch)
+                evaluate_now = self._is_evaluation_step()
+                self.evaluated = not evaluate_now or self.validation is None
+                if evaluate_now or time.monotonic() - saved >= self.options.save_seconds:
                     self._save()
-                return False
+                    saved = time.monotonic()
+                if not self.evaluated:
+                    self._evaluate()
+                goes_on = self.step < self.plan.steps and not self._is_out_of_patience()
+                if goes_on and self.processes.any(self.options.should_stop()):
+                    if not evaluate_now:
+                        self._save()
+                    return False
         return True
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch]:
         """Load this process's share of each batch; one of whose pictures another cannot read ends all."""
         rank, count = self.processes.rank, self.processes.count
         if rank >= self.plan.batch:

@@ -29,7 +29,7 @@ from refinedet_cli.engine.recipe import input_sizes, learning_rate, make_optimiz
 from refinedet_cli.engine.run_log import StepReport
 from refinedet_cli.engine.run_state import load_state, save_state
 from refinedet_cli.engine.train import EvaluationReport, Report, RunOptions, TrainResult, rehearse, train
-from refinedet_cli.errors import CheckpointError, ConfigError, DeviceError, GateError
+from refinedet_cli.errors import CheckpointError, ConfigError, DataError, DeviceError, GateError
 from refinedet_cli.zoo.checkpoint import load_detector
 
 MakeOptions = Callable[..., RunOptions]
@@ -137,6 +137,20 @@ def test_a_loading_process_that_is_killed_ends_the_run_with_its_cause(
         run(squares, preset(epochs=30), options)
     assert "--workers" in (caught.value.hint or "")
     assert load_state(tmp_path / "state.pt").step >= 1
+
+
+def test_an_error_leaves_no_loading_process_behind(
+    squares: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_options: MakeOptions
+) -> None:
+    def full(*_: object) -> None:
+        raise DataError("the disk is full")
+
+    monkeypatch.setattr(training, "save_state", full)
+    with pytest.raises(DataError, match="the disk is full") as caught:
+        run(squares, preset(epochs=30), run_options(tmp_path, workers=1))
+    # Python would wait for them at its end, and for ever; the traceback keeps what the run held.
+    assert caught.tb is not None
+    assert multiprocessing.active_children() == []
 
 
 def test_a_batch_that_is_lost_does_not_keep_the_run_waiting_for_ever(
