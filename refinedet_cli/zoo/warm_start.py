@@ -74,7 +74,8 @@ def copy_detector(new: Detector, old: Detector, label_map: Mapping[int, int]) ->
     """Copy a detector's weights into one with other classes, other anchors, or of another family.
 
     Between families only the backbone means the same. An anchor that the old detector does not have begins with the
-    outputs of the old one of its level that it is most like.
+    outputs of the old one of its level that it is most like, and with the same boxes: its offsets are measured anew,
+    from its own shape.
 
     Args:
         new: its network is written to.
@@ -100,6 +101,7 @@ def copy_detector(new: Detector, old: Detector, label_map: Mapping[int, int]) ->
             # A head that reads another map is new, biases and all.
             rows = _rows(heads[layer], old_heads[layer], {0: 0, **label_map}, nearest)
             tensor[rows.new] = values[rows.old]
+            _measure_anew(tensor, name, heads[layer], new.config, old.config, nearest)
             is_whole = len(tensor) == len(values) == len(rows.new) and torch.equal(rows.new, rows.old)
             (copied if is_whole else remapped if len(rows.new) else fresh).append(name)
         elif layer not in heads and tensor.shape == values.shape:
@@ -185,6 +187,31 @@ def _rows(new: _Head, old: _Head, label_map: Mapping[int, int], nearest: Sequenc
     rows = (steps[:, None] + within).reshape(-1, 2)
     order = rows[:, 0].argsort()
     return _Rows(rows[order, 0], rows[order, 1])
+
+
+def _measure_anew(
+    tensor: Tensor,
+    name: str,
+    head: _Head,
+    new: DetectorConfig,
+    old: DetectorConfig,
+    nearest: Sequence[Sequence[Nearest]],
+) -> None:
+    """Make offsets that were measured from an old anchor lead from the new one to the same box.
+
+    Only the first step starts from the anchors: that of the ARM where there is one.
+    """
+    if head.level is None or not nearest or new.anchors is None or old.anchors is None:
+        return
+    if name.startswith("odm.") and (new.network.arm or old.network.arm):
+        return
+    for i, ((width, height), one) in enumerate(zip(new.anchors.shapes[head.level], nearest[head.level], strict=True)):
+        before = old.anchors.shapes[head.level][one.place]
+        first = (i + 1) * (head.labels + head.rest) - 4
+        for offset, ratio in enumerate((before[0] / width, before[1] / height)):
+            tensor[first + offset] *= ratio
+            if name.endswith(".bias"):
+                tensor[first + 2 + offset] += math.log(ratio) / new.anchors.variances[1]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

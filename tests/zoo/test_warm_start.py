@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from refinedet_cli.core.anchors import level_sizes, tile_anchors
+from refinedet_cli.core.boxes import decode
 from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, DetectorConfig
 from refinedet_cli.core.detector import Detector
@@ -144,13 +146,40 @@ def test_anchors_of_another_number_begin_as_the_nearest_of_their_level():
     for anchor, place in enumerate([0, 1, 1, 2]):
         for kind in ("weight", "bias"):
             name = f"arm.levels.0.{kind}"
-            assert torch.equal(new[name][6 * anchor : 6 * anchor + 6], old[name][6 * place : 6 * place + 6])
+            assert torch.equal(new[name][6 * anchor : 6 * anchor + 2], old[name][6 * place : 6 * place + 2])
             name = f"odm.levels.0.{kind}"
             to, of = new[name][7 * anchor : 7 * anchor + 7], old[name][25 * place : 25 * place + 25]
             assert torch.equal(to[0], of[0])
             assert torch.equal(to[1], of[4])
             assert torch.equal(to[2], fresh[name][7 * anchor + 2])
             assert torch.equal(to[3:], of[21:])
+
+
+@pytest.mark.parametrize("has_arm", [True, False], ids=["two steps", "one step"])
+def test_an_anchor_of_another_shape_begins_with_the_boxes_of_the_one_it_is_most_like(has_arm):
+    config = config_of(2)
+    config = replace(config, network=replace(config.network, arm=has_arm))
+    old = detector_of(config, seed=1)
+    new = detector_of(with_shapes(config, ((7.0, 9.0), (16.0, 4.0), (30.0, 9.0), (4.0, 17.0)), ((15.0, 11.0),)), seed=2)
+    taken = copy_detector(new, old, {1: 1, 2: 2})
+    picture = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(4))
+
+    def boxes(detector):
+        anchors = detector.config.require_anchors()
+        found = tile_anchors(anchors, 64, 64)
+        raw = detector.network(picture)
+        for offsets in (raw.arm_offsets, raw.odm_offsets):
+            found = found if offsets is None else decode(offsets[0], found, anchors.variances)
+        each = [len(level) for level in anchors.shapes]
+        cells = [h * w for h, w in level_sizes(anchors, 64, 64)]
+        return [
+            part.unflatten(0, (-1, number))
+            for part, number in zip(found.split([c * n for c, n in zip(cells, each, strict=True)]), each, strict=True)
+        ]
+
+    with torch.inference_mode():
+        for level, before, after in zip(taken.anchors, boxes(old), boxes(new), strict=True):
+            torch.testing.assert_close(after, before[:, [one.place for one in level]])
 
 
 def test_anchors_of_the_same_number_but_another_order_follow_their_shapes():
