@@ -170,7 +170,7 @@ def prepare(
     weights = read_run_file(path).weights
     return training_session.prepare(
         data=(),
-        val=None,
+        val=(),
         images=None,
         root=root,
         out=None if resolve_only else runs / name,

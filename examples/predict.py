@@ -6,6 +6,8 @@ import sys
 
 from refinedet_cli.api import Detector
 
+if len(sys.argv) < 2:
+    sys.exit("usage: python examples/predict.py PICTURE [PICTURE ...]")
 detector = Detector.load()  # the bundled one; or a run's folder, or org/repo on the Hugging Face Hub
 for found in detector.predict(sys.argv[1:], score=0.3):
     print(f"{found.path}: {len(found)} objects")

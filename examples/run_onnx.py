@@ -24,4 +24,6 @@ def main(file: str, picture: str, score: float = 0.3) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: python examples/run_onnx.py FILE.onnx PICTURE.npy")
+    main(*sys.argv[1:])

@@ -31,16 +31,20 @@ from refinedet_cli.engine.predict import AnyPredictor, default_batch
 from refinedet_cli.engine.publish import prepare_upload, send
 from refinedet_cli.engine.results import detection_rows
 from refinedet_cli.engine.train import Report, TrainResult
-from refinedet_cli.errors import RefineDetError, UsageError
+from refinedet_cli.errors import DataError, RefineDetError, UsageError
 from refinedet_cli.zoo.hub import parse_hub_name
 from refinedet_cli.zoo.hub_client import network
 from refinedet_cli.zoo.publish import Published
 
-__all__ = ["Detector", "Found", "Picture", "Published", "RefineDetError", "TrainResult", "train"]
+__all__ = ["Detector", "Found", "Picture", "PictureError", "Published", "RefineDetError", "TrainResult", "train"]
 
 Picture = str | Path | Image.Image | NDArray[np.uint8]
 
 _log = logging.getLogger(__name__)
+
+
+class PictureError(DataError, ValueError):
+    """What was given as a picture is none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +75,8 @@ class Found:
 
     def __str__(self) -> str:
         rows = zip(self.names, self.scores.tolist(), self.boxes.tolist(), strict=True)
-        return "\n".join(f"{name} {score:.2f} at {', '.join(f'{v:.0f}' for v in box)}" for name, score, box in rows)
+        lines = [f"{name} {score:.2f} at {', '.join(f'{v:.0f}' for v in box)}" for name, score, box in rows]
+        return "\n".join(lines) or "no objects"
 
     def to_coco(self, image_id: int = 1) -> list[dict[str, Any]]:
         """Give the objects as COCO results, with the category ids of the detector and rounded as the commands write.
@@ -228,10 +233,12 @@ class Detector:
 
         Raises:
             DataError: a file is missing or is no picture.
-            ValueError: an array is not uint8[H, W, 3].
+            PictureError: it is something else, or an array that is not uint8[H, W, 3].
         """
         if isinstance(pictures, (str, Path, Image.Image, np.ndarray)):
             return self._predict([pictures], score)[0]
+        if not isinstance(pictures, Sequence):
+            raise _no_picture(pictures)
         size = batch or default_batch(self._predictor.device)
         found: list[Found] = []
         for first in range(0, len(pictures), size):
@@ -268,7 +275,7 @@ def train(
     data: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
-    val: str | Path | None = None,
+    val: str | Path | Sequence[str | Path] | None = None,
     images: str | Path | None = None,
     root: str | Path | None = None,
     weights: str | Path | None = None,
@@ -290,7 +297,7 @@ def train(
     Args:
         data: what to train on; several are joined.
         out: folder of the run; it receives best.safetensors and last.safetensors.
-        val: data to validate on; "none" validates nothing.
+        val: data to validate on; several are joined, and "none" validates nothing.
         images: folder of the pictures that an annotation file names.
         root: folder of the public data sets.
         weights: the detector to start from, or "none"; None is the bundled one.
@@ -313,11 +320,10 @@ def train(
     Raises:
         RefineDetError: whatever makes the command fail.
     """
-    sources = [data] if isinstance(data, (str, Path)) else list(data)
     with network(offline=offline):
         session = training_session.prepare(
-            data=[str(source) for source in sources],
-            val=None if val is None else str(val),
+            data=_texts(data),
+            val=_texts(val),
             images=_path(images),
             root=_path(root),
             out=Path(out),
@@ -341,6 +347,11 @@ def _ignore(report: Report) -> None:
     """Take no notice of progress."""
 
 
+def _texts(value: str | Path | Sequence[str | Path] | None) -> list[str]:
+    values = [value] if isinstance(value, (str, Path)) else value or []
+    return [str(one) for one in values]
+
+
 def _path(value: str | Path | None) -> Path | None:
     return None if value is None else Path(value)
 
@@ -350,7 +361,21 @@ def _pixels(picture: Picture) -> NDArray[np.uint8]:
         return read_image(Path(picture))
     if isinstance(picture, Image.Image):
         return image_pixels(picture, Path(getattr(picture, "filename", "") or "the picture"))
+    if not isinstance(picture, np.ndarray):
+        raise _no_picture(picture)
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+        raise PictureError(
+            f"an array {picture.dtype}{list(picture.shape)} is no picture",
+            "give uint8[H, W, 3], RGB from 0 to 255; drop the alpha channel, repeat grey three times",
+        )
     return picture
+
+
+def _no_picture(given: object) -> PictureError:
+    return PictureError(
+        f"{type(given).__name__} is no picture",
+        "give a path, a Pillow image, an array uint8[H, W, 3], or a list of these",
+    )
 
 
 def _found(detections: Detections, classes: Classes, array: NDArray[np.uint8], picture: Picture) -> Found:

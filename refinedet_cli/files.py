@@ -1,4 +1,4 @@
-"""Files that are there in full or not at all, and errors that say why one could not be written."""
+"""Files that are there in full or not at all, and errors that say why one could not be written, or not be read."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from refinedet_cli.errors import DataError
+from refinedet_cli.errors import CheckpointError, DataError
 
 # Failures of the file system that are no fault of the program that meets them.
 DISK_ERRNOS = frozenset(
@@ -154,6 +155,64 @@ def sync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
             raise cannot_write(folder, error) from error
+    finally:
+        os.close(handle)
+
+
+def require_file(path: Path, cure: str) -> None:
+    """Make sure that a file of weights, or one that goes with them, can be read and is not empty.
+
+    Libraries that open it themselves call a file that may not be read missing, or damaged.
+
+    Args:
+        path: of the file.
+        cure: what to do where there is none.
+
+    Raises:
+        CheckpointError: says why it cannot be.
+    """
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise CheckpointError(f"{path}: this is a folder, not a file", "name a file in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path}: not an ordinary file", "save it as a file first")
+        path.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path}: there is no such file", cure) from None
+    except PermissionError:
+        raise CheckpointError(f"{path}: cannot be read: permission denied", "change its permissions") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CheckpointError(f"{path}: cannot be read: {reason}", "check the path") from error
+    if not status.st_size:
+        raise CheckpointError(f"{path}: the file is empty", "get the file again")
+
+
+def sync_tree(folder: Path) -> None:
+    """Make sure that all files in a folder, and in those in it, are safely on disk before it gets its name.
+
+    Raises:
+        DataError: the disk failed.
+    """
+    for here, folders, names in os.walk(folder):
+        for name in names:
+            # What is a link, of either kind, was on disk before.
+            path = Path(here) / name
+            if not path.is_symlink() and path.stat().st_nlink == 1:
+                _sync(path)
+        for name in folders:
+            sync_folder(Path(here) / name)
+    sync_folder(folder)
+
+
+def _sync(path: Path) -> None:
+    # Windows syncs no file that is open to read; elsewhere one may be so that is read-only.
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        raise cannot_write(path, error) from error
     finally:
         os.close(handle)
 

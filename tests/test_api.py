@@ -90,8 +90,28 @@ def test_many_pictures_are_found_like_one(detector, pictures):
 def test_what_is_no_picture_is_refused(detector, tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         detector.predict(tmp_path / "none.jpg")
-    with pytest.raises(ValueError, match="drop the alpha channel"):
-        detector.predict(np.zeros((4, 4, 4), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (np.zeros((4, 4, 4), np.uint8), r"an array uint8\[4, 4, 4\] is no picture"),
+        (np.zeros((4, 4, 3), np.float32), r"an array float32\[4, 4, 3\] is no picture"),
+        (np.zeros((0, 4, 3), np.uint8), r"an array uint8\[0, 4, 3\] is no picture"),
+        (None, "NoneType is no picture"),
+        (3, "int is no picture"),
+        ([np.zeros((4, 4, 3), np.uint8), 3.5], "float is no picture"),
+    ],
+)
+def test_wrong_types_are_refused(detector, given, says):
+    with pytest.raises(DataError, match=says) as caught:
+        detector.predict(given)
+    assert isinstance(caught.value, ValueError)
+    assert "uint8[H, W, 3]" in (caught.value.hint or "")
+
+
+def test_no_objects_are_said(detector):
+    assert str(detector.predict(np.zeros((8, 8, 3), np.uint8), score=1.0)) == "no objects"
 
 
 def test_grey_and_transparent_pillow_images_are_read_like_files(detector, tmp_path):

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from refinedet_cli.cli.downloads import on_disk
+from refinedet_cli.cli.fitted_table import FittedTable
 from refinedet_cli.cli.options import (
     DATA,
     MODEL,
@@ -24,16 +25,17 @@ from refinedet_cli.cli.options import (
     ImagesOpt,
     JsonOpt,
     OfflineOpt,
-    OptionalOutOpt,
     PresetOpt,
     QuietOpt,
     RootOpt,
     SeedOpt,
     SetOpt,
     WorkersOpt,
+    out_folder,
     refuse_file,
 )
 from refinedet_cli.cli.output import SCHEMA_VERSION, Output
+from refinedet_cli.core.words import counted
 from refinedet_cli.errors import GateError, UsageError
 
 if TYPE_CHECKING:
@@ -62,12 +64,12 @@ def anchors(
             rich_help_panel=DATA,
         ),
     ] = None,
-    out: OptionalOutOpt = None,
+    out: Annotated[Path | None, out_folder(default=f"nothing is written, or {_DRAWN}/ with --visualize")] = None,
     visualize: Annotated[
         bool,
         typer.Option(
             "--visualize",
-            help=f"Draw charts and pictures, and one page of them, into --out, or else {_DRAWN}/.",
+            help="Draw charts and pictures, and one page of them, into --out.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
@@ -128,6 +130,11 @@ def anchors(
 
     from refinedet_cli.engine.anchor_study import StudyOptions, study_anchors
 
+    if out is not None:
+        from refinedet_cli.data.files import require_writable
+        from refinedet_cli.engine.anchor_page import REPORT_NAME
+
+        require_writable(out / REPORT_NAME)
     options = StudyOptions(
         dataset=dataset,
         images=images,
@@ -200,7 +207,7 @@ def _write(out: Path, study: Study, output: Output, show: Any, source: str, *, v
 
 def _listed(paths: Sequence[str]) -> str:
     first = " and ".join(paths[:3]) if len(paths) < 4 else f"{', '.join(paths[:3])}"
-    return first if len(paths) < 4 else f"{first} and {len(paths) - 3} pictures beside them"
+    return first if len(paths) < 4 else f"{first} and {counted(len(paths) - 3, 'picture')} beside them"
 
 
 # The document --------------------------------------------------------------------------------------------------------
@@ -345,21 +352,22 @@ def _setting_table(study: Study, source: str) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("Data", f"{source}: {len(study.dataset):,} pictures, {len(study.objects):,} objects")
+    table.add_row(
+        "Data", f"{source}: {counted(len(study.dataset), 'picture')}, {counted(len(study.objects), 'object')}"
+    )
     made_for = f"weights {study.weights.name}" if study.weights else f"preset {study.detector.preset}"
     table.add_row("Anchors", f"{report.total:,} a picture, of {made_for}")
     table.add_row("Input", f"{width} x {height} px, {report.multiply_adds / 1e9:.2f} billion multiply-adds a picture")
     if study.search is not None:
         held_out = study.search.proposal.held_out_before.objects
-        table.add_row("Held out", f"{held_out:,} objects, {study.search.how}")
+        table.add_row("Held out", f"{counted(held_out, 'object')}, {study.search.how}")
     return table
 
 
 def _table(title: str, first: str, headings: Iterable[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(first, overflow="fold")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = FittedTable(title)
+    table.add_text(first)
+    table.add_number(*headings)
     return table
 
 
@@ -400,11 +408,10 @@ def _group_cells(group: Group) -> tuple[str, ...]:
 def _level_table(title: str, levels: Sequence[LevelUse]) -> Table:
     from refinedet_cli.engine.anchors import shape_text
 
-    table = Table(title=title, title_justify="left")
-    table.add_column("Stride", justify="right", no_wrap=True)
-    table.add_column("Shapes, px of the input", overflow="fold")
-    for heading in ("Anchors", "Best for", "Matched", "Sees"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = FittedTable(title, names=2)
+    table.add_number("Stride")
+    table.add_text("Shapes, px of the input")
+    table.add_number("Anchors", "Best for", "Matched", "Sees")
     for level in levels:
         table.add_row(
             str(level.stride),
@@ -420,7 +427,7 @@ def _level_table(title: str, levels: Sequence[LevelUse]) -> Table:
 def _refinement_table(refinement: Refinement) -> Table:
     what = "Refinement" if refinement.refines else "Anchors moved"
     table = _table(
-        f"{what}, on {len(refinement.dataset):,} pictures with {len(refinement.objects):,} objects",
+        f"{what}, on {counted(len(refinement.dataset), 'picture')} with {counted(len(refinement.objects), 'object')}",
         "Best box of each object",
         ("IoU 0.5", "IoU 0.75", "IoU 0.9", "Mean IoU", "Anchors"),
     )

@@ -255,6 +255,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return told.exit_code
         except KeyboardInterrupt:
             failure = Failure(INTERRUPTED, "interrupted")
+        except typer.TyperException as error:
+            if _is_help(error):
+                return _USAGE
+            failure = _expected(error) or _bug(error)
         except Exception as error:  # the last stop: what is not the user's doing is shown as a bug
             failure = _expected(error) or _bug(error)
         return _report(failure)
@@ -300,6 +304,12 @@ def _invoke(args: list[str]) -> int:
         # Typer turns the interrupt into this code.
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
+
+
+def _is_help(error: typer.TyperException) -> bool:
+    """Tell whether a group was called without a command: its help, which is the answer, has been printed."""
+    # Typer asks so too, for the class is not its to give away.
+    return type(error).__name__ == "NoArgsIsHelpError"
 
 
 def _expected(error: Exception) -> Failure | None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from refinedet_cli.cli.downloads import on_disk
+from refinedet_cli.cli.fitted_table import FittedTable
 from refinedet_cli.cli.options import (
     DATA,
     RUNTIME,
@@ -25,6 +26,7 @@ from refinedet_cli.cli.options import (
     RootOpt,
     SplitOpt,
     refuse_file,
+    remark_on_split,
 )
 from refinedet_cli.cli.output import SCHEMA_VERSION, Output
 from refinedet_cli.core.words import counted
@@ -127,8 +129,13 @@ def bench(
     output = Output(json=json, quiet=quiet)
     refuse_file(out)
 
+    from refinedet_cli.data.files import require_writable
     from refinedet_cli.engine.benchmark import BenchmarkOptions, ask, benchmark
 
+    if dataset is not None and (remark := remark_on_split(dataset, split, root)):
+        output.note(remark)
+    if out is not None:
+        require_writable(out / REPORT_NAME)
     options = BenchmarkOptions(
         detectors=tuple(_on_disk(output, asked, offline=offline) for asked in ask(weights or (), precision)),
         dataset=dataset,
@@ -191,7 +198,7 @@ def _judge(result: Benchmark) -> None:
         if result.reference is None or not isinstance(failed.error, RefineDetError):
             raise failed.error
     if result.failed:
-        count = f"{len(result.failed)} of {len(result.rows)} detectors could not be measured"
+        count = f"{len(result.failed)} of {counted(len(result.rows), 'detector')} could not be measured"
         raise PartialError(count, "the result lists the reasons")
 
 
@@ -312,22 +319,21 @@ def _renderables(result: Benchmark) -> Iterator[RenderableType]:
         yield Text(line, style="dim")
 
 
-def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("Detector", overflow="fold")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+def _table(title: str, *headings: str) -> FittedTable:
+    table = FittedTable(title)
+    table.add_text("Detector")
+    table.add_number(*headings)
     return table
 
 
 def _speed_table(result: Benchmark) -> Table:
     batch = result.options.batch
     scored = result.pictures.dataset is not None
-    what = "a picture" if batch == 1 else f"{batch} pictures"
-    table = _table(f"Milliseconds for {what}", "p50", "p90", "p99", "Per s", "File p50", "Per s")
+    what = "a picture" if batch == 1 else counted(batch, "picture")
+    table = _table(f"Milliseconds for {what}", "p50", "p90", "p99", "Per s", "File p50")
+    table.add_number("Per s", beside=True)
     if scored:
-        for heading in ("AP", "AP50"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_number("AP", "AP50")
     for row in result.measured:
         accuracy = () if row.accuracy is None else (_score(row.accuracy.ap), _score(row.accuracy.ap50))
         in_memory, from_file = row.in_memory, row.from_file
@@ -345,8 +351,7 @@ def _change_table(result: Benchmark) -> Table:
     scored = result.pictures.dataset is not None
     table = _table(f"Against {reference}", "Speed", "8 of 10 turns", "From files")
     if scored:
-        for heading in ("AP", "AP50"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_number("AP", "AP50")
     for row, change in zip(result.rows, result.changes, strict=True):
         if change is not None:
             accuracy = (_difference(change.ap), _difference(change.ap50)) if scored else ()
@@ -358,13 +363,11 @@ def _change_table(result: Benchmark) -> Table:
 
 
 def _cost_table(result: Benchmark) -> Table:
-    table = Table(title="What it takes", title_justify="left", caption_justify="left")
-    table.add_column("Detector", overflow="fold")
-    table.add_column("Computed by", overflow="fold")
-    table.add_column("Precision", no_wrap=True)
+    table = FittedTable("What it takes")
+    table.add_text("Detector", "Computed by")
+    table.add_number("Precision", justify="left")
     on_device = any(row.memory.device_peak is not None for row in result.measured)
-    for heading in ("File", "Load", "Memory", "Own", *(("Device",) if on_device else ())):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_number("File", "Load", "Memory", "Own", *(("Device",) if on_device else ()))
     for row in result.measured:
         opened, memory = row.opened, row.memory
         device = (_size(memory.device_peak),) if on_device else ()
@@ -425,7 +428,9 @@ def _scope(result: Benchmark) -> str:
     if data is None or not shared:
         return "COCO metric"
     fewest = min(shared)
-    return f"COCO metric over {fewest} shared of {len(data.classes)} classes, not the data set's AP"
+    return (
+        f"COCO metric over {fewest:,} shared of {counted(len(data.classes), 'class', 'classes')}, not the data set's AP"
+    )
 
 
 def _ms(milliseconds: float) -> str:

@@ -41,11 +41,11 @@ _STYLES: dict[Severity, str] = {"error": "bold red", "warning": "yellow", "note"
 def data_check(
     data: DataArg,
     val: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--val",
             metavar="DATA",
-            help="Other data to validate on; then DATA is what is trained on.",
+            help="Other data to validate on; then DATA is what is trained on. Repeatable.",
             show_default="the parts of DATA",
             rich_help_panel=DATA,
         ),
@@ -97,7 +97,7 @@ def data_check(
 
     options = CheckOptions(
         data=data,
-        val=val,
+        val=tuple(val or ()),
         images=images,
         root=root,
         depth=depth,
@@ -116,7 +116,9 @@ def data_check(
         written = [] if out is None else _write(out, check, data)
     output.result({**_document(check, data), "strict": strict, "files": written}, *_renderables(check, data))
     if written:
-        output.note(f"wrote {written[0]}" + (f" and {len(written) - 1} pictures" if len(written) > 1 else ""))
+        output.note(
+            f"wrote {written[0]}" + (f" and {counted(len(written) - 1, 'picture')}" if len(written) > 1 else "")
+        )
     _fail(check, data, strict=strict)
 
 
@@ -210,8 +212,16 @@ def _setting_table(check: DataCheck, source: str) -> Table:
     table.add_column(overflow="fold")
     table.add_row("Data", source)
     for part in check.parts:
-        table.add_row(part.name, f"{part.pictures:,} pictures, {part.objects:,} objects, {part.classes} classes")
-    looked = {"entries": "not opened", "headers": "sizes and EXIF read", "pixels": "decoded"}
+        table.add_row(
+            part.name,
+            f"{counted(part.pictures, 'picture')}, {counted(part.objects, 'object')}, "
+            f"{counted(part.classes, 'class', 'classes')}",
+        )
+    looked = {
+        "entries": "looked for, not opened",
+        "headers": "size and EXIF of each read, not its pixels",
+        "pixels": "each read in full",
+    }
     table.add_row("Pictures", looked[check.depth])
     if check.reach is not None:
         table.add_row("Anchors", str(check.reach))

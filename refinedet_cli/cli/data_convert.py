@@ -21,6 +21,7 @@ from refinedet_cli.cli.options import (
     RootOpt,
 )
 from refinedet_cli.cli.output import Output
+from refinedet_cli.core.words import counted
 
 if TYPE_CHECKING:
     from refinedet_cli.data.convert import Converted
@@ -79,7 +80,7 @@ def data_convert(
 
 def _files(converted: Converted) -> str:
     copied, linked = converted.pictures
-    told = [f"{number:,} pictures {how}" for number, how in ((copied, "copied"), (linked, "linked")) if number]
+    told = [f"{counted(number, 'picture')} {how}" for number, how in ((copied, "copied"), (linked, "linked")) if number]
     return ", ".join(told) or "pictures stay where they are, and their folder is linked"
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from refinedet_cli.cli.fitted_table import FittedTable
 from refinedet_cli.cli.options import (
     DATA,
     RUNTIME,
@@ -21,6 +21,7 @@ from refinedet_cli.cli.options import (
     RootOpt,
 )
 from refinedet_cli.cli.output import Output
+from refinedet_cli.core.words import counted
 
 if TYPE_CHECKING:
     from refinedet_cli.data.split import Divided
@@ -112,14 +113,15 @@ def _remarks(divided: Divided) -> list[str]:
 
     notes = []
     if divided.copies:
-        notes.append(
-            f"{divided.copies:,} pictures are copies of others, byte for byte, and are in the same part as these"
-        )
+        copies = counted(divided.copies, "picture is a copy of another", "pictures are copies of others")
+        notes.append(f"{copies}, byte for byte, and in the same part")
     if divided.alone:
-        notes.append(f"{divided.alone:,} pictures do not match --group and stand alone")
+        lonely = counted(divided.alone, "picture does not", "pictures do not")
+        notes.append(f"{lonely} match --group, each on its own")
     unused = [name for name, total in zip(divided.classes.names, divided.totals, strict=True) if not total]
     if unused:
-        notes.append(f"{len(unused):,} of {len(divided.classes):,} classes have no object: {listed(unused, 10)}")
+        classes = counted(len(divided.classes), "class", "classes")
+        notes.append(f"{len(unused):,} of {classes} without object: {listed(unused, 10)}")
     absent = [
         f"{part.name} has no {name}"
         for part, counts in zip(divided.parts, divided.counts, strict=True)
@@ -158,13 +160,13 @@ def _document(divided: Divided, source: str, seed: int, group: str | None) -> di
 def _renderables(divided: Divided, source: str) -> Iterator[RenderableType]:
     pictures = sum(len(part.dataset) for part in divided.parts)
     together = f", in {divided.units:,} units that stay together" if divided.units < pictures else ""
-    yield Text(f"{source}: {pictures:,} pictures{together}", style="bold")
-    table = Table()
-    table.add_column("", overflow="fold")
+    yield Text(f"{source}: {counted(pictures, 'picture')}{together}", style="bold")
+    table = FittedTable()
+    table.add_text("")
     for part, share in zip(divided.parts, divided.shares, strict=True):
-        table.add_column(f"{part.name} {100 * share:g} %", justify="right", no_wrap=True)
-        table.add_column("", justify="right", no_wrap=True)
-    table.add_column("all", justify="right", no_wrap=True)
+        table.add_number(f"{part.name} {100 * share:g} %")
+        table.add_number("", beside=True)
+    table.add_number("all")
     table.add_row("pictures", *_cells([len(part.dataset) for part in divided.parts]))
     table.add_row("objects", *_cells([part.dataset.objects for part in divided.parts]))
     table.add_section()

@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from refinedet_cli.cli.fitted_table import FittedTable
 from refinedet_cli.cli.options import (
     DataArg,
     ImagesOpt,
@@ -123,10 +124,9 @@ def _renderables(stats: DataStats, source: str) -> Iterator[RenderableType]:
 
 
 def _table(title: str | None, first: str, headings: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(first, overflow="fold")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = FittedTable(title)
+    table.add_text(first)
+    table.add_number(*headings)
     return table
 
 
@@ -173,7 +173,7 @@ def _spread_table(stats: DataStats) -> Iterator[RenderableType]:
     small, medium, large = stats.by_area
     yield table
     yield Text(
-        f"As COCO parts them, {small:,} objects are small (below 32 x 32), {medium:,} medium and {large:,} large "
+        f"As COCO parts the objects, {small:,} are small (below 32 x 32), {medium:,} medium and {large:,} large "
         "(from 96 x 96)."
     )
 

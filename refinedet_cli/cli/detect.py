@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
@@ -16,8 +18,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from refinedet_cli.cli.detect_video import detect_videos, videos_of
+from refinedet_cli.cli.detect_video import detect_videos, video_in_folder, videos_of
 from refinedet_cli.cli.downloads import on_disk
+from refinedet_cli.cli.fitted_table import FittedTable
 from refinedet_cli.cli.options import (
     DATA,
     MODEL,
@@ -41,7 +44,7 @@ from refinedet_cli.cli.options import (
     refuse_file,
 )
 from refinedet_cli.cli.output import Output
-from refinedet_cli.core.words import counted, joined
+from refinedet_cli.core.words import counted, joined, pace
 from refinedet_cli.errors import DataError, PartialError, UsageError
 
 if TYPE_CHECKING:
@@ -141,7 +144,6 @@ def detect(
     frames.jsonl (a line a frame, with its time), detections.json and an annotated video without sound. What of a
     damaged video can be decoded is worked on; the exit code is then 8. Ctrl-C ends a camera.
     """
-    from refinedet_cli.data.listing import list_images
     from refinedet_cli.engine.openmp import load_torch_for_company
 
     output = Output(json=json, quiet=quiet)
@@ -160,7 +162,7 @@ def detect(
         detect_videos(output, found_by, videos, out, score=score, batch=batch, draw=not no_draw)
         return
     written = [out / name for name in _PICTURE_FOLDERS] if out is not None else []
-    with list_images(_named(sources, b"\0" if null else b"\n"), leave_out=written) as images:
+    with _listed(sources, b"\0" if null else b"\n", written) as images:
         if images.left_out:
             output.note(f"left out {counted(images.left_out, 'picture')} that an earlier run has written into {out}")
 
@@ -234,6 +236,22 @@ def _check_options(sources: Sequence[str], out: Path | None, *, null: bool, aske
         raise UsageError("--null is about the list on standard input", "give - among the sources, or leave it out")
 
 
+@contextmanager
+def _listed(sources: Sequence[str], end: bytes, leave_out: Sequence[Path]) -> Iterator[ImageList]:
+    """List the pictures; where there are none but videos, say how to name these."""
+    from refinedet_cli.data.listing import list_images
+
+    with ExitStack() as stack:
+        try:
+            images = stack.enter_context(list_images(_named(sources, end), leave_out=leave_out))
+        except DataError as error:
+            if (video := video_in_folder(sources)) is None:
+                raise
+            cure = f"of a folder only pictures are taken; name its videos: {video}, or {video.with_stem('*')} for all"
+            raise DataError(error.message, cure) from error
+        yield images
+
+
 def _named(sources: Sequence[str], end: bytes) -> Iterator[str]:
     """The sources, with ``-`` replaced by the entries of standard input, which ``end`` parts."""
     for source in sources:
@@ -246,17 +264,20 @@ def _named(sources: Sequence[str], end: bytes) -> Iterator[str]:
 def _entries(end: bytes) -> Iterator[str]:
     # The bytes themselves, for a name need not be text; tests put plain text in the place of standard input.
     stream: BinaryIO = getattr(sys.stdin, "buffer", None) or io.BytesIO(os.fsencode(sys.stdin.read()))
-    rest = b""
+    rest, mark = b"", codecs.BOM_UTF8
     while chunk := stream.read(_CHUNK):
-        *entries, rest = (rest + chunk).split(end)
+        *entries, rest = (rest + chunk.removeprefix(mark)).split(end)
+        mark = b""
         yield from _paths(entries, end)
     yield from _paths([rest], end)
 
 
 def _paths(entries: Sequence[bytes], end: bytes) -> Iterator[str]:
+    from refinedet_cli.data.listing import Entry
+
     # A list that Windows wrote has lines that end in both.
     stripped = (entry.removesuffix(b"\r") if end == b"\n" else entry for entry in entries)
-    return (os.fsdecode(entry) for entry in stripped if entry.strip())
+    return (Entry(os.fsdecode(entry)) for entry in stripped if entry.strip())
 
 
 def _run(
@@ -282,8 +303,8 @@ def _run(
             return run(predictor, images, out=out, options=options, on_progress=show)
         except KeyboardInterrupt:
             if out is not None and reports:
-                done, total = f"{reports[0].done:,}", f"{reports[0].total:,}"
-                output.note(f"{out} holds what was found so far, in {done} of {total} pictures; --resume goes on")
+                done, total = f"{reports[0].done:,}", counted(reports[0].total, "picture")
+                output.note(f"{out} holds what was found so far, in {done} of {total}; --resume goes on")
             raise
 
 
@@ -341,7 +362,9 @@ def _judge(summary: Summary) -> None:
     if summary.failed and not summary.read:
         raise DataError(f"no picture could be read of {summary.failed:,}", "the result lists the reasons")
     if summary.failed:
-        raise PartialError(f"{summary.failed:,} of {summary.count:,} pictures failed", "the result lists the reasons")
+        raise PartialError(
+            f"{summary.failed:,} of {counted(summary.count, 'picture')} failed", "the result lists the reasons"
+        )
 
 
 def _document(result: DetectResult, classes: Classes, device: str, left_out: int) -> dict[str, Any]:
@@ -427,18 +450,16 @@ def _tables(result: DetectResult, classes: Classes) -> list[RenderableType]:
     passes = (
         f", {counted(schedule.count, 'pass', 'passes')} a picture (multi-scale {schedule.name})" if schedule else ""
     )
-    # With many passes a picture can take seconds, and one decimal would say 0.0.
-    speed = f"{result.pictures_per_second:.{2 if schedule else 1}f} pictures/s"
-    return [*tables, Text(f"{found} {made}, {speed}{passes}")]
+    # A run that was done before has no pace.
+    speed = f", {pace(result.pictures_per_second)} pictures/s" if result.worked else ""
+    return [*tables, Text(f"{found} {made}{speed}{passes}")]
 
 
 def _picture_table(pictures: Sequence[PictureRecord], classes: Classes) -> Table:
     names = dict(zip(classes.category_ids, classes.names, strict=True))
-    table = Table(title="Pictures", title_justify="left")
-    table.add_column("Picture", overflow="fold")
-    table.add_column("Class", overflow="fold")
-    for heading in ("Score", "Left", "Top", "Width", "Height"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = FittedTable("Pictures", names=2)
+    table.add_text("Picture", "Class")
+    table.add_number("Score", "Left", "Top", "Width", "Height")
     for picture in pictures:
         # On a terminal a name stands once above its rows; in a pipe each row has to make sense alone.
         first, later = picture.file_name, "" if sys.stdout.isatty() else picture.file_name
@@ -455,10 +476,9 @@ def _picture_table(pictures: Sequence[PictureRecord], classes: Classes) -> Table
 
 
 def _class_table(result: DetectResult) -> Table:
-    table = Table(title="Classes", title_justify="left")
-    table.add_column("Class", overflow="fold")
-    for heading in ("Pictures", "Objects", "Best score"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = FittedTable("Classes")
+    table.add_text("Class")
+    table.add_number("Pictures", "Objects", "Best score")
     for count in result.counts:
         table.add_row(count.name, f"{count.pictures:,}", f"{count.objects:,}", f"{count.best_score:.2f}")
     return table
@@ -467,10 +487,9 @@ def _class_table(result: DetectResult) -> Table:
 def _profile_tables(profile: Profile | None) -> list[RenderableType]:
     if profile is None:
         return []
-    table = Table(title="Where the time went", title_justify="left")
-    table.add_column("Stage", no_wrap=True)
-    for heading in ("Threads", "Seconds", "Share", "ms/picture"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = FittedTable("Where the time went")
+    table.add_text("Stage")
+    table.add_number("Threads", "Seconds", "Share", "ms/picture")
     for times in (profile.in_turn, profile.beside):
         for time in times:
             if time.seconds:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from refinedet_cli.cli.fitted_table import FittedTable
 from refinedet_cli.cli.output import Output
+from refinedet_cli.core.words import counted, pace
 from refinedet_cli.errors import PartialError, UsageError
 
 if TYPE_CHECKING:
@@ -34,6 +35,18 @@ def videos_of(sources: Sequence[str]) -> list[str]:
     if videos and len(videos) < len(sources):
         raise UsageError(f"{videos[0]} is a video, and pictures were named too", "detect videos in a run of their own")
     return list(dict.fromkeys(path for video in videos for path in expand_pattern(video)))
+
+
+def video_in_folder(sources: Sequence[str]) -> Path | None:
+    """Find a video in one of the folders that were named; None where there is none."""
+    from refinedet_cli.engine.video_files import is_video_name
+
+    for source in sources:
+        for folder, _, names in os.walk(source):
+            for name in sorted(names):
+                if is_video_name(name):
+                    return Path(folder, name)
+    return None
 
 
 def detect_videos(
@@ -95,7 +108,9 @@ def detect_videos(
 def _tell_of_damage(results: Sequence[VideoResult], *, failed: int) -> None:
     damaged = [result.warning for result in results if result.warning is not None]
     if failed:
-        raise PartialError(f"{failed} of {len(results) + failed} videos could not be read", "the rest was worked on")
+        raise PartialError(
+            f"{failed} of {counted(len(results) + failed, 'video')} could not be read", "the rest was worked on"
+        )
     if damaged:
         whole = damaged[0] if len(results) == 1 else f"{len(damaged)} of {len(results)} videos are damaged"
         raise PartialError(whole, "what could be decoded was worked on; copy it again for the rest")
@@ -130,7 +145,7 @@ def _detect(
 
         def show(progress: VideoProgress) -> None:
             total = None if progress.total is None else max(progress.frames, progress.total)
-            bars.update(task, completed=progress.frames, total=total, description=f"{progress.objects:,} objects")
+            bars.update(task, completed=progress.frames, total=total, description=counted(progress.objects, "object"))
 
         return detect_video(predictor, video, out=out, score=score, batch=batch, draw=draw, on_progress=show)
 
@@ -157,11 +172,9 @@ def _document(result: VideoResult) -> dict[str, Any]:
 
 
 def _tables(results: Sequence[VideoResult]) -> list[RenderableType]:
-    table = Table(title="Videos", title_justify="left")
-    table.add_column("Video", overflow="fold")
-    table.add_column("Class", overflow="fold")
-    for heading in ("Frames", "Objects", "Best score"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = FittedTable("Videos", names=2)
+    table.add_text("Video", "Class")
+    table.add_number("Frames", "Objects", "Best score")
     for result in results:
         for count in result.counts:
             row = (f"{count.pictures:,}", f"{count.objects:,}", f"{count.best_score:.2f}")
@@ -172,9 +185,9 @@ def _tables(results: Sequence[VideoResult]) -> list[RenderableType]:
     frames, objects = sum(r.frames for r in results), sum(r.objects for r in results)
     seconds = max(sum(r.seconds for r in results), 1e-9)
     origin = results[0].origin
-    found = f"{objects:,} detections" if objects else "nothing found"
+    found = counted(objects, "detection") if objects else "nothing found"
     line = (
-        f"{found} in {frames:,} frames ({sum(r.duration for r in results):.1f} s) at a score of "
+        f"{found} in {counted(frames, 'frame')} ({sum(r.duration for r in results):.1f} s) at a score of "
         f"{origin.score_threshold:g} or better"
     )
-    return [table, Text(f"{line}, {origin.precision}, {frames / seconds:.1f} frames/s")]
+    return [table, Text(f"{line}, {origin.precision}, {pace(frames / seconds)} frames/s")]

@@ -10,7 +10,7 @@ import typer
 from rich.progress import TaskID
 
 from refinedet_cli.cli.downloads import on_disk
-from refinedet_cli.cli.eval_files import SEED, WORKERS, full_document, write_files, write_page
+from refinedet_cli.cli.eval_files import SEED, WORKERS, full_document, require_files, write_files, write_page
 from refinedet_cli.cli.eval_tables import Comparison, Detector, Measured, MetricName, scope_of, tables_of
 from refinedet_cli.cli.options import (
     DATA,
@@ -35,6 +35,7 @@ from refinedet_cli.cli.options import (
     WeightsOpt,
     WorkersOpt,
     refuse_file,
+    remark_on_split,
 )
 from refinedet_cli.cli.output import Output
 from refinedet_cli.cli.together import processes, together
@@ -107,7 +108,8 @@ def evaluate(
             "--bootstrap",
             min=0,
             metavar="N",
-            help="Put 95 % intervals around the numbers by drawing the pictures anew N times; 1000 is usual.",
+            help="Put 95 % intervals around AP, AP50 and AP75, and around AP and AP50 of each class (of VOC metrics, "
+            "around mAP and each AP), by drawing the pictures anew N times; 1000 is usual.",
             show_default="0, or 1000 with --compare",
             rich_help_panel=NUMBERS,
         ),
@@ -202,10 +204,13 @@ def evaluate(
     if download:
         _download(output, dataset, split, root)
     data = open_dataset(dataset, split=split, images=images, root=root)
+    if remark := remark_on_split(dataset, split, root):
+        output.note(remark)
     part = split if find_splits(dataset, root) else None
 
     if saved is not None and not processes().first:
         return
+    require_files(out, report, detects=saved is None)
     other = None if compare is None else _read(compare, data)
     if saved is not None:
         found = _Found(*_read(saved, data))

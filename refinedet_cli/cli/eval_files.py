@@ -32,6 +32,24 @@ def full_document(measured: Measured, reasons: Reasons | None) -> dict[str, Any]
     return {**document_of(measured), "reasons": None if reasons is None else reasons_document(reasons)}
 
 
+def require_files(out: Path | None, page: Path | None, *, detects: bool) -> None:
+    """Make sure, before the work, that what an evaluation writes can be written.
+
+    Args:
+        out: folder for `write_files`.
+        page: for `write_page`.
+        detects: whether there will be detections to write.
+
+    Raises:
+        DataError: names the file that cannot.
+    """
+    from refinedet_cli.data.files import require_writable
+    from refinedet_cli.engine.results import RESULTS_NAME
+
+    names = (METRICS_NAME, *((RESULTS_NAME,) if detects else ()))
+    require_writable(*(() if out is None else (out / name for name in names)), *(() if page is None else (page,)))
+
+
 def write_files(out: Path, measured: Measured, reasons: Reasons | None) -> Written:
     """Write metrics.json and, of a detector, detections.json.
 

@@ -13,6 +13,7 @@ from refinedet_cli.cli.eval_tables import (
     scope_of,
     settings_of,
 )
+from refinedet_cli.core.words import counted
 
 if TYPE_CHECKING:
     from refinedet_cli.engine.anchor_refinement import Refinement
@@ -34,7 +35,8 @@ def page_of(measured: Measured, refinement: Refinement | None) -> Page:
     columns, rows = class_numbers(measured)
     return Page(
         title=f"{measured.dataset.name} by {_maker(measured)}",
-        scope=f"{scope_of(measured)}: {len(collected.records):,} pictures, {collected.objects:,} objects",
+        scope=f"{scope_of(measured)}: {counted(len(collected.records), 'picture')}, "
+        f"{counted(collected.objects, 'object')}",
         numbers=numbers,
         columns=columns,
         rows=rows,

@@ -9,10 +9,13 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from refinedet_cli.cli.fitted_table import FittedTable
 from refinedet_cli.core.presets import POSTPROCESS_PRESETS
-from refinedet_cli.core.words import counted
+from refinedet_cli.core.words import counted, pace
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from refinedet_cli.core.config import PostprocessConfig
     from refinedet_cli.data.dataset import Dataset
     from refinedet_cli.engine.evaluate import Collected
@@ -183,7 +186,7 @@ def scope_of(measured: Measured) -> str:
     if measured.collected.complete:
         return title
     shared, listed = len(measured.collected.scored_classes), len(measured.dataset.classes)
-    return f"{title} over {shared} shared of {listed} classes, not the data set's AP"
+    return f"{title} over {shared:,} shared of {counted(listed, 'class', 'classes')}, not the data set's AP"
 
 
 # The document --------------------------------------------------------------------------------------------------------
@@ -331,6 +334,7 @@ def settings_of(measured: Measured) -> list[tuple[str, str]]:
         if isinstance(info.get("weights"), str):
             told = [f"{key} {info[key]}" for key in ("preset", "precision") if isinstance(info.get(key), str)]
             settings.append(("Weights", ", ".join([info["weights"], *told])))
+        settings += _saved_looks(info)
     if measured.rules is None:
         settings.append(("Engine", measured.engine))
     else:
@@ -357,7 +361,32 @@ def _detector_settings(made: Detector) -> list[tuple[str, str]]:
             f"{f'preset {named}: ' if named else ''}scores above {post.score_threshold:g}, {post.candidates:,} "
             f"candidates a {post.candidates_per}, NMS at IoU {post.nms_iou:g}, best {post.keep:,} a picture",
         ),
+        *_looks(origin),
     ]
+
+
+def _looks(origin: Origin) -> list[tuple[str, str]]:
+    """Tell how pictures were looked at, where it was not once and as a whole."""
+    schedule, tiles = origin.multi_scale, origin.tiles
+    settings = []
+    if schedule is not None:
+        count = counted(schedule.count, "pass", "passes")
+        settings.append(("Multi-scale", f"{schedule.name}, {count} a {'picture' if tiles is None else 'tile'}"))
+    if tiles is not None:
+        whole = ", and the whole picture" if tiles.whole else ""
+        settings.append(("Tiles", f"{tiles.size} px that overlap by {tiles.shared} px{whole}"))
+    return settings
+
+
+def _saved_looks(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Tell the same of saved detections, as far as their file says it."""
+    schedule, tiles = info.get("multi_scale"), info.get("tiles")
+    settings = []
+    if isinstance(schedule, dict) and isinstance(schedule.get("name"), str):
+        settings.append(("Multi-scale", schedule["name"]))
+    if isinstance(tiles, dict) and isinstance(tiles.get("size"), int):
+        settings.append(("Tiles", f"{tiles['size']} px"))
+    return settings
 
 
 def _speed(measured: Measured) -> list[Text]:
@@ -365,9 +394,10 @@ def _speed(measured: Measured) -> list[Text]:
     if speed is None or not isinstance(measured.made, Detector):
         return []
     schedule = measured.made.predictor.schedule
-    passes = f", {schedule.count} passes a picture (multi-scale {schedule.name})" if schedule else ""
-    # With many passes a picture can take seconds, and one decimal would say 0.0.
-    return [Text(f"{speed:.{2 if schedule else 1}f} pictures/s{passes}")]
+    passes = (
+        f", {counted(schedule.count, 'pass', 'passes')} a picture (multi-scale {schedule.name})" if schedule else ""
+    )
+    return [Text(f"{pace(speed)} pictures/s{passes}")]
 
 
 def _summary_table(measured: Measured) -> Table:
@@ -423,14 +453,14 @@ _HEADINGS = {
 
 def _class_table(measured: Measured) -> Table:
     names = _class_names(measured)
-    table = Table(title="Classes", title_justify="left")
-    table.add_column("Class", overflow="fold")
+    table = FittedTable("Classes")
+    table.add_text("Class")
     sure = {e.name for e in measured.intervals.per_class[0]} if measured.intervals is not None else set()
     for name in names:
         heading = _HEADINGS.get(name) or _named(name, measured.metric)
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_number(heading)
         if name in sure:
-            table.add_column("95 % interval", no_wrap=True)
+            table.add_number("95 % interval", justify="left", beside=True)
     for k, class_name in enumerate(measured.collected.scored_classes):
         scored = measured.result.per_class[k]
         cells = []
@@ -444,12 +474,10 @@ def _class_table(measured: Measured) -> Table:
 
 
 def _comparison_table(measured: Measured, comparison: Comparison) -> Table:
-    table = Table(title=f"Compared with {comparison.saved.path}", title_justify="left")
-    table.add_column("Number", overflow="fold")
-    for heading in ("This", "Other", "Difference"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("95 % interval", no_wrap=True)
-    table.add_column("Excludes 0", no_wrap=True)
+    table = FittedTable(f"Compared with {comparison.saved.path}")
+    table.add_text("Number")
+    table.add_number("This", "Other", "Difference")
+    table.add_number("95 % interval", "Excludes 0", justify="left", beside=True)
 
     def add(of: str, result: object, other: Estimate, difference: Estimate) -> None:
         table.add_row(

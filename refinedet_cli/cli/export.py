@@ -17,12 +17,15 @@ from refinedet_cli.cli.options import (
     ImagesOpt,
     JsonOpt,
     OfflineOpt,
-    OptionalOutOpt,
     PostprocessOpt,
     QuietOpt,
     RootOpt,
+    SplitName,
     SplitOpt,
     WeightsOpt,
+    out_folder,
+    refuse_twice,
+    remark_on_split,
 )
 from refinedet_cli.cli.output import Output
 from refinedet_cli.core.presets import POSTPROCESS_PRESETS
@@ -42,7 +45,7 @@ def export(
         Literal["onnx", "openvino", "torch-export"],
         typer.Option("--format", help="onnx and openvino run without torch.", rich_help_panel=OUTPUT),
     ] = "onnx",
-    out: OptionalOutOpt = None,
+    out: Annotated[Path | None, out_folder(default="required, unless --check is given")] = None,
     precision: Annotated[
         Literal["fp32", "fp16", "int8"] | None,
         typer.Option(
@@ -103,6 +106,7 @@ def export(
         str | None,
         typer.Option(
             "--dataset",
+            callback=refuse_twice("--dataset"),
             metavar="DATA",
             help="Annotated pictures to prove the file on: the change of AP counts too.",
             show_default=False,
@@ -171,11 +175,9 @@ def export(
         batch=None if dynamic_batch else batch or 1,
         postprocess=None if postprocess is None else POSTPROCESS_PRESETS[postprocess](),
         pictures=find_images(verify) if verify else (),
-        dataset=_open(dataset, split, images, root),
+        dataset=_open(output, dataset, split, images, root),
         calibration=find_images(calibrate) if calibrate else (),
     )
-    for note in () if options.dataset is None else options.dataset.notes:
-        output.note(note)
     chosen = resolve_weights(on_disk(output, weights, offline=offline))
     with output.progress("Exporting") as bars:
         task = bars.add_task("", total=None)
@@ -219,13 +221,17 @@ def _refuse_with_check(given: dict[str, object]) -> None:
 
 
 def _open(
-    dataset: str | None, split: Literal["train", "val", "test"], images: Path | None, root: Path | None
+    output: Output, dataset: str | None, split: SplitName, images: Path | None, root: Path | None
 ) -> Dataset | None:
     if dataset is None:
         return None
     from refinedet_cli.data.source import open_dataset
 
-    return open_dataset(dataset, split=split, images=images, root=root)
+    opened = open_dataset(dataset, split=split, images=images, root=root)
+    for note in (remark_on_split(dataset, split, root), *opened.notes):
+        if note is not None:
+            output.note(note)
+    return opened
 
 
 def _check(output: Output, path: Path, *, trusted: bool) -> None:

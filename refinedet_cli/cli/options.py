@@ -8,11 +8,14 @@ Paths are not checked here: who opens a file says what is wrong with it, with th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer.models import OptionInfo
 
+from refinedet_cli.cli.output import current_invocation
 from refinedet_cli.core.presets import PRESETS
 from refinedet_cli.errors import UsageError
 
@@ -39,6 +42,46 @@ def refuse_file(out: Path | None) -> None:
     """
     if out is not None and out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file", "name a folder")
+
+
+def remark_on_split(source: str, split: SplitName, root: Path | None) -> str | None:
+    """Say that --split was given and chooses nothing.
+
+    Args:
+        source: what --dataset names.
+        split: the part that --split names, given or not.
+        root: as given with --root.
+
+    Raises:
+        UsageError: the source names another part.
+        DataError: it does not exist, or is of a format that is not read.
+    """
+    if not any(argument.split("=")[0] == "--split" for argument in current_invocation().arguments):
+        return None
+    from refinedet_cli.data.source import describe_source
+
+    described = describe_source(source, root)
+    if described.part is not None and described.part != split:
+        raise UsageError(f"--split {split} contradicts {source}, which names the part", "leave one of the two out")
+    if described.part is None and not described.splits:
+        return f"--split {split} chooses nothing: {source} has no parts, and all of it is taken"
+    return None
+
+
+def refuse_twice(option: str) -> Callable[[str | None], str | None]:
+    """Make the callback of an option of which the last one would silently win.
+
+    Args:
+        option: its name.
+    """
+
+    def check(value: str | None) -> str | None:
+        given = [argument for argument in current_invocation().arguments if argument.split("=")[0] == option]
+        if len(given) > 1:
+            raise UsageError(f"{option} is given {len(given)} times", "give it once: only train joins data")
+        return value
+
+    return check
 
 
 def read_folder(text: str) -> Path:
@@ -240,6 +283,7 @@ DatasetOpt = Annotated[
     str,
     typer.Option(
         "--dataset",
+        callback=refuse_twice("--dataset"),
         metavar="DATA",
         help="A COCO JSON, a folder with splits, a VOC folder, a YOLO data.yaml, or coco, voc2007, voc2012; "
         "DATA:PART takes that part, as coco:val2014.",
@@ -249,11 +293,11 @@ DatasetOpt = Annotated[
 ]
 # = None
 ValOpt = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--val",
         metavar="DATA",
-        help="Data to validate on; none trains on everything and validates nothing.",
+        help="Data to validate on, repeated to join several; none trains on everything and validates nothing.",
         show_default="that of --data, or 15 % of it held out",
         rich_help_panel=DATA,
     ),
@@ -353,30 +397,29 @@ SeedOpt = Annotated[
 
 # Output --------------------------------------------------------------------------------------------------------------
 
+
+def out_folder(help_text: str = "Folder for everything written.", *, default: str | None = None) -> OptionInfo:
+    """Make the option --out of a command that writes into a folder.
+
+    Args:
+        help_text: what the folder is.
+        default: what happens without it; None says nothing.
+    """
+    option: OptionInfo = typer.Option(
+        "--out",
+        parser=read_folder,
+        metavar="DIR",
+        help=help_text,
+        show_default=default or False,
+        rich_help_panel=OUTPUT,
+    )
+    return option
+
+
 # required where it is not optional
-OutOpt = Annotated[
-    Path,
-    typer.Option(
-        "--out",
-        parser=read_folder,
-        metavar="DIR",
-        help="Folder for everything written.",
-        show_default=False,
-        rich_help_panel=OUTPUT,
-    ),
-]
+OutOpt = Annotated[Path, out_folder()]
 # = None
-OptionalOutOpt = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        parser=read_folder,
-        metavar="DIR",
-        help="Folder for everything written.",
-        show_default="nothing is written",
-        rich_help_panel=OUTPUT,
-    ),
-]
+OptionalOutOpt = Annotated[Path | None, out_folder(default="nothing is written")]
 # = False
 JsonOpt = Annotated[
     bool,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
 
 from refinedet_cli.cli.downloads import downloads
 from refinedet_cli.cli.options import (
@@ -29,8 +30,8 @@ from refinedet_cli.cli.options import (
     ValOpt,
     WeightsOpt,
     WorkersOpt,
+    out_folder,
     read_batch,
-    read_folder,
 )
 from refinedet_cli.cli.output import Output, current_invocation
 from refinedet_cli.cli.together import processes, together
@@ -38,6 +39,7 @@ from refinedet_cli.cli.train_progress import Reporter, Stop
 from refinedet_cli.cli.train_replay import replay_step
 from refinedet_cli.cli.train_report import report_run
 from refinedet_cli.cli.train_tables import forecast_table, result_document, result_tables
+from refinedet_cli.core.words import counted
 from refinedet_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,17 +50,7 @@ if TYPE_CHECKING:
 @together
 def train(
     data: DataOpt = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            parser=read_folder,
-            metavar="DIR",
-            help="Folder of the run; only --dry-run and --preview need none.",
-            show_default=False,
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
+    out: Annotated[Path | None, out_folder("Folder of the run; only --dry-run and --preview need none.")] = None,
     val: ValOpt = None,
     images: ImagesOpt = None,
     root: RootOpt = None,
@@ -147,7 +139,7 @@ def train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Measure a few steps, say what the run would take, and write nothing.",
+            help="Measure a few steps, say what the run would take, and write nothing but the sheet of --preview.",
             rich_help_panel=RUNTIME,
         ),
     ] = False,
@@ -216,7 +208,7 @@ def train(
     with downloads(output, offline=offline):
         session = training_session.prepare(
             data=data or [],
-            val=val,
+            val=val or [],
             images=images,
             root=root,
             # A sheet is no run: there may be one in the folder.
@@ -244,19 +236,25 @@ def train(
     for note in session.notes:
         output.note(note)
     _report_data(output, session, fitted)
-    if preview is not None:
-        sheet = session.preview(preview)
-        output.result(
-            {"preview": {"file": preview, "samples": sheet.samples}, "config": session.settings},
-            f"{preview}: {len(sheet.samples)} samples",
-        )
-        return
-    if out is None or dry_run:
-        output.note("measuring a few steps")
-        forecast = session.forecast()
-        output.result({"dry_run": forecast, "config": session.settings}, forecast_table(forecast))
+    if out is None or dry_run or preview is not None:
+        _look(output, session, preview, forecast=dry_run or preview is None)
         return
     _run(output, session, out, stop_after)
+
+
+def _look(output: Output, session: TrainingSession, preview: Path | None, *, forecast: bool) -> None:
+    """Draw the first samples, say what the run would take, or both."""
+    document: dict[str, Any] = {}
+    shown: list[RenderableType] = []
+    if preview is not None:
+        sheet = session.preview(preview)
+        document["preview"] = {"file": preview, "samples": sheet.samples}
+        shown.append(f"{preview}: {counted(len(sheet.samples), 'sample')}")
+    if forecast:
+        output.note("measuring a few steps")
+        document["dry_run"] = session.forecast()
+        shown.append(forecast_table(document["dry_run"], drawn=preview is not None))
+    output.result({**document, "config": session.settings}, *shown)
 
 
 def _run(output: Output, session: TrainingSession, out: Path, stop_after: float) -> None:
@@ -265,7 +263,7 @@ def _run(output: Output, session: TrainingSession, out: Path, stop_after: float)
         result = session.run(Reporter(output, bars), stop.wanted, stop.was_interrupted)
     if processes().any(stop.interrupted) and not result.finished:
         if result.steps:
-            output.note(f"stopped after step {result.steps}; go on with the same command and --resume")
+            output.note(f"stopped after step {result.steps:,}; go on with the same command and --resume")
         else:
             output.note("stopped before the first step; there is nothing to resume")
         raise KeyboardInterrupt

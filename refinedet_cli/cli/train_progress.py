@@ -12,10 +12,11 @@ from rich.progress import TaskID
 from refinedet_cli.cli.output import Bars, Output
 from refinedet_cli.cli.train_replay import diagnosis_lines
 from refinedet_cli.cli.train_tables import number
+from refinedet_cli.core.words import counted, pace
 
 if TYPE_CHECKING:
     from refinedet_cli.engine.run_log import StepReport
-    from refinedet_cli.engine.train import EvaluationReport, Report
+    from refinedet_cli.engine.train import EvaluationReport, Report, ResumeReport
 
 
 class Stop:
@@ -62,13 +63,15 @@ class Reporter:
         """Show a report."""
         from refinedet_cli.engine.diagnosis import Diagnosis
         from refinedet_cli.engine.run_log import StepReport
-        from refinedet_cli.engine.train import CacheReport
+        from refinedet_cli.engine.train import CacheReport, ResumeReport
         from refinedet_cli.engine.watch import HealthReport
 
         if isinstance(report, HealthReport):
             self.output.warn(f"step {report.step:,}: {report.message}; {report.cure}")
         elif isinstance(report, Diagnosis):
             self.output.warn(diagnosis_lines(report))
+        elif isinstance(report, ResumeReport):
+            self.output.note(_resume_line(report))
         elif isinstance(report, CacheReport):
             if self._cache is None:
                 self._cache = self.bars.add_task("reading pictures", total=report.total)
@@ -84,12 +87,19 @@ class Reporter:
                 self.output.note(_end_line(report))
 
 
+def _resume_line(report: ResumeReport) -> str:
+    place = f"step {report.step:,} of {report.steps:,} (epoch {report.epoch:.1f} of {report.epochs:.1f})"
+    if report.is_done:
+        return f"resume: the run has ended after {place}; there is nothing left to train"
+    return f"resume: going on after {place}"
+
+
 def _step_detail(report: StepReport) -> str:
     parts = ", ".join(f"{name} {value:.2f}" for name, value in report.parts.items())
     positives = ", ".join(f"{name} {value:.0f}" for name, value in report.positives.items())
     return (
         f"loss {report.total:.2f} ({parts}), positives a picture {positives}, "
-        f"lr {report.lr:.1e}, {report.pictures_per_second:.0f} pictures/s"
+        f"lr {report.lr:.1e}, {pace(report.pictures_per_second)} pictures/s"
     )
 
 
@@ -99,5 +109,5 @@ def _evaluation_line(report: EvaluationReport) -> str:
 
 
 def _end_line(report: EvaluationReport) -> str:
-    count = "1 evaluation" if report.without_gain == 1 else f"{report.without_gain} evaluations in a row"
+    count = counted(report.without_gain, "evaluation", "evaluations in a row")
     return f"the run ends here, as train.patience asks: {count} without a better AP than {number(report.best)}"

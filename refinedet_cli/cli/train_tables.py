@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from refinedet_cli.core.words import counted
+
 if TYPE_CHECKING:
     from refinedet_cli.engine.dry_run import Forecast
     from refinedet_cli.engine.train import TrainResult
@@ -25,7 +27,7 @@ def result_tables(result: TrainResult, out: Path, report: Path | None) -> list[T
         table.add_column(column, justify="right")
     last = result.result
     table.add_row(
-        str(result.steps),
+        f"{result.steps:,}",
         f"{result.pictures:,}",
         f"{result.seconds / 60:.1f}",
         *(number(value) for value in ((last.AP, last.AP50, last.AP75) if last else (None,) * 3)),
@@ -42,9 +44,10 @@ def _title(result: TrainResult) -> str:
     return "Training, ended early: AP no longer rose" if result.ended_early else "Training"
 
 
-def forecast_table(forecast: Forecast) -> Table:
-    """Say what a run would take."""
-    table = Table(title="Dry run: nothing is written", show_header=False)
+def forecast_table(forecast: Forecast, *, drawn: bool = False) -> Table:
+    """Say what a run would take; ``drawn`` tells that there is a preview nevertheless."""
+    written = "nothing is written but the preview" if drawn else "nothing is written"
+    table = Table(title=f"Dry run: {written}", show_header=False)
     table.add_column("what")
     table.add_column("figure")
     for what, figure in _forecast_rows(forecast):
@@ -54,12 +57,16 @@ def forecast_table(forecast: Forecast) -> Table:
 
 def _forecast_rows(forecast: Forecast) -> Iterator[tuple[str, str]]:
     height, width = forecast.input_size
-    yield "training data", f"{forecast.pictures:,} pictures, {forecast.objects:,} objects, {forecast.classes} classes"
+    yield (
+        "training data",
+        f"{counted(forecast.pictures, 'picture')}, {counted(forecast.objects, 'object')}, "
+        f"{counted(forecast.classes, 'class', 'classes')}",
+    )
     validation = forecast.validation_pictures
-    yield "validation data", "none" if validation is None else f"{validation:,} pictures"
+    yield "validation data", "none" if validation is None else counted(validation, "picture")
     yield "input", f"{height} x {width}, batch {forecast.batch}"
     yield "parameters", f"{forecast.parameters:,}, of which {forecast.trainable:,} are trained"
-    yield "length", f"{forecast.steps:,} steps, {forecast.epochs:.1f} epochs"
+    yield "length", f"{counted(forecast.steps, 'step')}, {forecast.epochs:.1f} epochs"
     drops = ", ".join(f"{step:,}" for step in forecast.milestones)
     yield "learning rate", f"{forecast.lr:g}" + (f", lower after {drops} steps" if drops else "")
     yield (

@@ -10,6 +10,7 @@ from rich.table import Table
 from refinedet_cli.cli.downloads import downloads
 from refinedet_cli.cli.options import JsonOpt, OfflineOpt, QuietOpt, WeightsArg
 from refinedet_cli.cli.output import Output
+from refinedet_cli.core.words import counted
 
 if TYPE_CHECKING:
     from refinedet_cli.zoo.inventory import Model
@@ -84,8 +85,11 @@ def _rows(model: Model) -> Iterator[tuple[str, str]]:
     yield "input", f"{config.preprocess.height} x {config.preprocess.width} px"
     if config.grid is not None:
         rows, columns = (side // config.grid.stride for side in (config.preprocess.height, config.preprocess.width))
-        yield "grid", f"{rows} x {columns} cells of {config.grid.stride} px, {config.grid.boxes} boxes each"
-    yield f"{len(config.classes)} classes", ", ".join(config.classes.names)
+        yield (
+            "grid",
+            f"{rows} x {columns} cells of {config.grid.stride} px, {counted(config.grid.boxes, 'box', 'boxes')} each",
+        )
+    yield counted(len(config.classes), "class", "classes"), ", ".join(config.classes.names)
     if scores is None:
         yield "accuracy", "not recorded"
     else:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from refinedet_cli.cli.fitted_table import FittedTable
 from refinedet_cli.cli.options import JsonOpt, QuietOpt
 from refinedet_cli.cli.output import Output
 
@@ -43,14 +44,12 @@ def _entry(model: Model) -> dict[str, Any]:
 
 
 def _table(models: list[Model]) -> Table:
-    table = Table(title="Models", title_justify="left")
-    for heading in ("Name", "Source", "Trained on"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("Classes", "AP", "AP50"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("Scored on", overflow="fold")
-    table.add_column("MB", justify="right", no_wrap=True)
-    table.add_column("Licence", overflow="fold")
+    table = FittedTable("Models")
+    table.add_text("Name", "Source", "Trained on")
+    table.add_number("Classes", "AP", "AP50")
+    table.add_text("Scored on")
+    table.add_number("MB")
+    table.add_text("Licence")
     for model in models:
         scores = model.scores
         table.add_row(

@@ -35,12 +35,13 @@ def weights_pull(
 ) -> None:
     """Fetch a model from the Hugging Face Hub, so that it can be used without a network afterwards.
 
-    It goes into the Hub's usual cache. What is there already is checked against its SHA-256 instead, and fetched again
-    if it is damaged. Private repositories need a login: hf auth login, or HF_TOKEN.
+    It goes into the Hub's usual cache. Where it is there already, the Hub is asked whether the branch has moved on, and
+    the file is checked against its SHA-256; it is fetched again if it is old or damaged. Private repositories need a
+    login: hf auth login, or HF_TOKEN.
     """
     output = Output(json=json, quiet=quiet)
     with downloads(output, offline=offline):
-        model = _pull(name)
+        model = _pull(output, name)
     if out is not None:
         _write(model.path, out)
     place = {"name": name, "path": model.path, "copy": out, "bytes": model.bytes, "sha256": model.sha256}
@@ -48,11 +49,14 @@ def weights_pull(
     output.result(place, Text(f"{name}: {model.bytes / 1e6:.1f} MB at {where}"), Text(f"SHA-256 {model.sha256}"))
 
 
-def _pull(name: str) -> Model:
+def _pull(output: Output, name: str) -> Model:
     from refinedet_cli.zoo.hub import pull
     from refinedet_cli.zoo.inventory import describe
 
-    return describe(pull(name), name, "file")
+    def tell() -> None:
+        output.note(f"{name}: the Hub could not be asked whether it has a newer state; this is the one in the cache")
+
+    return describe(pull(name, tell), name, "file")
 
 
 def _write(path: Path, copy: Path) -> None:

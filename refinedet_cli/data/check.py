@@ -60,6 +60,9 @@ CLASS_UNKNOWN = Kind("class-unknown", "error", "object of a class not listed", "
 CLASS_TWICE = Kind("class-twice", "error", "class listed twice", "merge the two")
 CLASS_ALIKE = Kind("class-alike", "warning", "classes that differ in spelling", "write them alike if they are one")
 CLASS_UNUSED = Kind("class-unused", "warning", "class without objects", "remove it from the list, or add pictures")
+CLASS_ELSEWHERE = Kind(
+    "class-elsewhere", "warning", "class with objects in another part alone", "move some of its pictures to this part"
+)
 CLASS_UNMEASURED = Kind(
     "class-unmeasured", "note", "class to train but not to measure", "move some pictures of it there"
 )

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from refinedet_cli.core.words import counted
 from refinedet_cli.data.check import (
     BOX_TWICE,
     CLASS_ALIKE,
+    CLASS_ELSEWHERE,
     CLASS_GAPS,
     CLASS_UNMEASURED,
     CLASS_UNUSED,
@@ -183,16 +185,30 @@ def judge_classes(parts: Sequence[Part], findings: Findings) -> None:
     _judge_list(trained, findings)
     learnt = _count(trained)
     for name, objects in zip(trained.classes, learnt, strict=True):
-        if not objects and any(learnt):
+        if objects or not any(learnt):
+            continue
+        if where := _where(name, others):
+            findings.add(CLASS_ELSEWHERE, trained.file, _of(trained), f"{name}: {where}")
+        else:
             findings.add(CLASS_UNUSED, trained.file, _of(trained), name)
     known = {canonical_name(name): objects for name, objects in zip(trained.classes, learnt, strict=True)}
     for part in others:
         measured = _count(part)
         for name, objects in zip(part.classes, measured, strict=True):
             if canonical_name(name) not in known:
-                findings.add(CLASSES_DIFFER, part.file, _of(part), f"{name}, of {objects:,} objects")
+                findings.add(CLASSES_DIFFER, part.file, _of(part), f"{name}, of {counted(objects, 'object')}")
             elif known[canonical_name(name)] and not objects and any(measured):
                 findings.add(CLASS_UNMEASURED, part.file, _of(part), name)
+
+
+def _where(name: str, parts: Sequence[Part]) -> str:
+    """Tell which parts have objects of a class, and how many; empty where none has."""
+    found = []
+    for part in parts:
+        counts = zip(part.classes, _count(part), strict=True)
+        objects = sum(count for own, count in counts if canonical_name(own) == canonical_name(name))
+        found += [f"{objects:,} in {part.name or part.file.name}"] if objects else []
+    return ", ".join(found)
 
 
 def _count(part: Part) -> list[int]:
@@ -205,7 +221,7 @@ def judge_empty(parts: Sequence[Part], findings: Findings) -> None:
     for part in parts:
         count = np.bincount(part.picture[part.picture >= 0], minlength=len(part.pictures))
         if part.pictures and not len(part.boxes):
-            findings.add(NO_OBJECTS, part.file, _of(part), f"{len(part.pictures):,} pictures, no object")
+            findings.add(NO_OBJECTS, part.file, _of(part), f"{counted(len(part.pictures), 'picture')}, no object")
             continue
         for place in sorted({*np.flatnonzero(count == 0).tolist()} - part.uncertain):
             listed = part.pictures[place]

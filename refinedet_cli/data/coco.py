@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from refinedet_cli.core.config import Classes
+from refinedet_cli.core.words import counted
 from refinedet_cli.data.dataset import Dataset, listed
 from refinedet_cli.data.images import image_size, is_file, open_regular
 from refinedet_cli.data.json_entries import category_names, get, is_number, kind_of, list_of, named, shown, whole
@@ -46,9 +47,9 @@ def read_coco(path: Path, images: Path | None = None, *, search: Sequence[Path] 
     def describe(places: Sequence[int]) -> str:
         return "annotation ids " + ", ".join(str(objects.ids[i]) for i in places)
 
-    records, notes = make_records(pictures, objects, describe)
-    notes = (*pictures.notes, *notes, *unused_classes(classes, objects.labels))
-    return Dataset(f"{path.resolve().parent.name}/{path.stem}", classes, records, notes)
+    records, checked, altered = make_records(pictures, objects, describe)
+    notes = (*pictures.notes, *checked, *unused_classes(classes, objects.labels))
+    return Dataset(f"{path.resolve().parent.name}/{path.stem}", classes, records, notes, altered)
 
 
 @dataclass
@@ -171,7 +172,9 @@ def _pictures(path: Path, entries: list[Any], root: Path) -> _Pictures:
     ]
     repeated = sum(count - 1 for count in Counter(found.paths).values())
     if repeated:
-        found.notes.append(f"{repeated:,} pictures are listed more than once, with different ids")
+        found.notes.append(
+            f"{counted(repeated, 'picture is', 'pictures are')} listed more than once, with different ids"
+        )
     return found
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refinedet_cli.core.config import Classes
-from refinedet_cli.data.dataset import SPLIT_NAMES, Dataset, Record, listed
+from refinedet_cli.core.words import counted
+from refinedet_cli.data.dataset import CLIPPED, DROPPED, OUTLINED, SPLIT_NAMES, Dataset, Record, listed
 from refinedet_cli.data.files import whole_folder
 from refinedet_cli.data.images import image_size
 from refinedet_cli.data.kinds import Format
@@ -44,8 +45,11 @@ _ROUNDED = 0.05  # square px; areas are commonly written with two decimals
 _BLANKS = re.compile("[\t-\r\x1c-\x1f\x85\u2028\u2029\ufeff]+")
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
-# What each format lacks, by what is counted when the written data are read back.
+# What readers do to any data, then what each format lacks, by what is counted when the written data are read back.
 _WHY: dict[str, str] = {
+    DROPPED: "impossible, without area or outside their picture: they are not read",
+    CLIPPED: "they reached out of their picture, and end at its edge now",
+    OUTLINED: "they became the boxes around them when they were read",
     "picture ids": "{} has none: pictures are numbered when they are read",
     "object ids": "{} has none: objects are numbered when they are read",
     "class ids": "{} has none: classes are numbered in their order",
@@ -130,6 +134,8 @@ def convert(
     notes = notes_of(described, parts)
     extras = extras_of(source, described, parts, root)
     losses = Counter[str]()
+    for part in parts:
+        losses.update(part.dataset.altered)
     unread = _unread(source, described, parts, extras, root)
     if to != "coco":
         parts, changed = _one_list(parts)
@@ -312,7 +318,8 @@ def _refuse_other_sizes(source: str, parts: Sequence[Part]) -> None:
                 wrong.append(f"{record.path} is {found[0]} x {found[1]}, not {record.width} x {record.height}")
     if wrong:
         raise DataError(
-            f"{len(wrong):,} pictures are not of the size that the annotations say, so boxes would be off: {wrong[0]}",
+            f"{counted(len(wrong), 'picture is', 'pictures are')} not of the size that the annotations say, so boxes "
+            f"would be off: {wrong[0]}",
             f"correct width and height as the picture is seen, EXIF turned; see refinedet data check {source}",
         )
 

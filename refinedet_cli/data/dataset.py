@@ -6,8 +6,8 @@ import dataclasses
 import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refinedet_cli.core.config import Classes
+from refinedet_cli.core.words import counted
 from refinedet_cli.errors import DataError
 
 Split = Literal["train", "val", "test"]
@@ -25,6 +26,9 @@ SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "val": ("val", "valid", "validation"),
     "test": ("test",),
 }
+
+# What a reader may have had to do with objects; see `Dataset.altered`.
+DROPPED, CLIPPED, OUTLINED = "boxes dropped", "boxes clipped", "outlines"
 
 # Spellings of one class in VOC and COCO, after `_fold`; the right-hand side is COCO's.
 _SAME = {
@@ -122,12 +126,14 @@ class Dataset:
         classes: label ``i`` of a record is ``classes.names[i - 1]``.
         records: in the order of the annotation file.
         notes: what was dropped or looks odd, one line for each kind with its count.
+        altered: how many objects are not here as the files have them, by what was done with them.
     """
 
     name: str
     classes: Classes
     records: tuple[Record, ...]
     notes: tuple[str, ...] = ()
+    altered: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -236,7 +242,8 @@ def remap(dataset: Dataset, classes: Classes) -> Dataset:
     notes = dataset.notes
     if removed:
         notes += (
-            f"{removed:,} objects of classes that the model does not know are left out: {listed(match.only_in_data)}",
+            f"{counted(removed, 'object of a class', 'objects of classes')} that the model does not know left out: "
+            f"{listed(match.only_in_data)}",
         )
     return Dataset(dataset.name, classes, tuple(records), notes)
 

@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from refinedet_cli.errors import UsageError
-from refinedet_cli.files import cannot_write, placing, temporary_beside, whole_file
+from refinedet_cli.errors import DataError, UsageError
+from refinedet_cli.files import cannot_write, placing, sync_folder, sync_tree, temporary_beside, whole_file
 
 
 def make_folder(path: Path) -> None:
@@ -27,6 +27,28 @@ def make_folder(path: Path) -> None:
         raise UsageError(f"{path} cannot be made: a part of it is a file", "name another folder") from None
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def require_writable(*paths: Path) -> None:
+    """Make sure that files can be written, before work that would be lost if not; nothing is made or changed.
+
+    Args:
+        paths: of the files; they may be there, and the folders above them need not.
+
+    Raises:
+        DataError: one cannot be written, as far as can be told now.
+    """
+    for path in paths:
+        with placing(path):
+            target = path.resolve()
+            if target.exists() and not target.is_file():
+                raise DataError(f"cannot write {path}: it is not an ordinary file", "choose another name")
+            probe = temporary_beside(next(folder for folder in target.parents if folder.exists()) / target.name)
+            try:
+                probe.write_bytes(b"\0")
+            finally:
+                with contextlib.suppress(OSError):
+                    probe.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -76,9 +98,11 @@ def whole_folder(out: Path) -> Iterator[Path]:
     try:
         yield temporary
         with placing(out):
+            sync_tree(temporary)
             if target.exists():
                 target.rmdir()
             temporary.rename(target)
+            sync_folder(target.parent)
     except OSError as error:
         if error.filename is None or str(error.filename).startswith(str(temporary)):
             raise cannot_write(out, error) from error

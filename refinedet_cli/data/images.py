@@ -214,7 +214,7 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
         except FileNotFoundError:
             raise DataError(f"{path} does not exist", missing_cure(path)) from None
         except PermissionError:
-            raise DataError(f"{path} may not be read", "change its permissions") from None
+            raise DataError(f"{path} cannot be read: permission denied", "change its permissions") from None
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise DataError(f"{path} cannot be read: {reason}", "check the path") from error

@@ -39,6 +39,10 @@ class ImageList:
             yield FoundImage(_path(path), os.fsdecode(name))
 
 
+class Entry(str):
+    """A source out of a list that may be long: what cannot be found is listed itself, and fails as a picture does."""
+
+
 class DiskSet:
     """A set of strings that moves from memory to the disk when it grows; a context manager."""
 
@@ -75,7 +79,7 @@ def list_images(sources: Iterable[str], *, leave_out: Sequence[Path] = (), stric
     know ``*``, ``?``, ``[...]`` and ``**``. A file that is named itself is taken whatever its extension.
 
     Args:
-        sources: consumed one by one.
+        sources: consumed one by one; of those that are an `Entry`, one that names no picture ends nothing.
         leave_out: folders whose pictures do not count, however they are reached.
         strict: a folder that cannot be read, in one that is searched, is an error; else it is listed itself, and fails
             as a picture does that cannot be read. Patterns pass it over, as they do everywhere.
@@ -127,6 +131,16 @@ class _Search:
 
     def add(self, source: str) -> None:
         """Find the pictures of one source, at least one."""
+        try:
+            self._find(source)
+        except DataError:
+            path = Path(source)
+            # A name that no file can have is told at once; the others when they are read.
+            if not isinstance(source, Entry) or "\0" in source or path.name in ("", ".."):
+                raise
+            self._insert("image", [FoundImage(path, path.name)])
+
+    def _find(self, source: str) -> None:
         path = Path(source)
         if re.match(r"[a-z][a-z0-9+.-]+://", source, re.IGNORECASE):
             raise DataError(f"{source} is an address; pictures are not downloaded", "save it as a file first")
@@ -142,7 +156,8 @@ class _Search:
                 self._insert("image", [FoundImage(path, path.name)])
                 return
         except (OSError, ValueError) as error:
-            raise DataError(f"{source!r} cannot be read: {error}", "check the path and its permissions") from error
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{source!r} cannot be read: {reason}", "check the path and its permissions") from error
         if not glob.has_magic(source):
             raise DataError(f"{source} does not exist", missing_cure(path) if source else "give a file or folder")
         if not self._add_sorted(_match(source)):

@@ -49,7 +49,7 @@ def locate(source: str, root: Path | None, split: Split | None = None) -> Place:
     if name.lower() in PUBLIC_SETS:
         public = name.lower()
         refuse_hidden(public, part or split or "")  # First of all, before gigabytes are fetched in vain.
-        return Place(find_public(public, root), part, public)
+        return Place(find_public(public, root, part or split or ""), part, public)
     raise DataError(f"the data set {source} does not exist", f"check the path; {READ}")
 
 
@@ -57,7 +57,8 @@ def _exists(source: str) -> bool:
     try:
         return Path(source).exists()
     except (OSError, ValueError) as error:
-        raise DataError(f"{source!r} cannot be read: {error}", "check the path") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{source!r} cannot be read: {reason}", "check the path and its permissions") from error
 
 
 def _parted(source: str) -> tuple[str, str | None]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from refinedet_cli.core.words import counted
 from refinedet_cli.data.dataset import Dataset, Record, Split, listed
 from refinedet_cli.data.images import is_picture_name, open_regular
 from refinedet_cli.errors import DataError
@@ -258,7 +259,7 @@ def _refuse_renamed(kind: str, own: Sequence[str], needed: Sequence[str]) -> Non
     if changed:
         more = ", ..." if len(changed) > 3 else ""
         raise DataError(
-            f"{len(changed):,} pictures cannot stay, for {kind} needs other names for them: "
+            f"{counted(len(changed), 'picture')} cannot stay, for {kind} needs other names: "
             f"{listed(changed[:3])}{more}",
             _COPY,
         )

@@ -69,7 +69,11 @@ class _Public:
 
 
 def _has_coco(folder: Path) -> bool:
-    return any((folder / "annotations" / f"instances_{part}2017.json").is_file() for part in ("train", "val"))
+    return any(_holds_coco(folder, f"{part}{year}") for part in ("train", "val") for year in (2017, 2014))
+
+
+def _holds_coco(folder: Path, part: str) -> bool:
+    return (folder / "annotations" / f"instances_{part}.json").is_file()
 
 
 def _has_voc(folder: Path) -> bool:
@@ -82,23 +86,31 @@ def _voc_folders(year: str) -> tuple[str, ...]:
 
 _SETS = {
     "coco": _Public(
-        folders=("coco", "COCO", "coco2017", "."),
+        folders=("coco", "COCO", "coco2017", "coco2014", "."),
         is_there=_has_coco,
         wanted="annotations/instances_train2017.json, annotations/instances_val2017.json, and the pictures in "
-        "train2017/ and val2017/ or images/train2017/ and images/val2017/",
+        "train2017/ and val2017/ or images/train2017/ and images/val2017/ (or 2014 in place of 2017)",
         archives=(
             Archive(
                 f"{_COCO}/annotations/annotations_trainval2017.zip",
                 252_907_541,
-                ("train", "val"),
+                ("train", "val", "train2017", "val2017"),
                 "annotations/instances_val2017.json",
             ),
-            Archive(f"{_COCO}/zips/val2017.zip", 815_585_330, ("val",), "val2017"),
-            Archive(f"{_COCO}/zips/train2017.zip", 19_336_861_798, ("train",), "train2017"),
+            Archive(f"{_COCO}/zips/val2017.zip", 815_585_330, ("val", "val2017"), "val2017"),
+            Archive(f"{_COCO}/zips/train2017.zip", 19_336_861_798, ("train", "train2017"), "train2017"),
+            Archive(
+                f"{_COCO}/annotations/annotations_trainval2014.zip",
+                252_872_794,
+                ("train2014", "val2014"),
+                "annotations/instances_val2014.json",
+            ),
+            Archive(f"{_COCO}/zips/val2014.zip", 6_645_013_297, ("val2014",), "val2014"),
+            Archive(f"{_COCO}/zips/train2014.zip", 13_510_573_713, ("train2014",), "train2014"),
         ),
         unpack="coco",
         page="https://cocodataset.org/#download",
-        hidden=("test", "test2017", "test-dev2017"),
+        hidden=("test", "test2017", "test-dev2017", "test2014", "test2015", "test-dev2015"),
     ),
     "voc2007": _Public(
         folders=_voc_folders("VOC2007"),
@@ -146,12 +158,13 @@ def data_root(root: Path | None = None) -> Path:
     return root if root is not None else Path(os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT)
 
 
-def find_public(name: str, root: Path | None = None) -> Path:
+def find_public(name: str, root: Path | None = None, part: str = "") -> Path:
     """Find a public data set.
 
     Args:
         name: one of ``PUBLIC_SETS``.
         root: see ``data_root``.
+        part: the one that is wanted, as "val2014": where the data set lies in several folders, that with it is taken.
 
     Returns:
         its folder: that with ``annotations`` of COCO, that with ``Annotations`` of VOC.
@@ -161,11 +174,12 @@ def find_public(name: str, root: Path | None = None) -> Path:
     """
     public, top = _SETS[name], data_root(root)
     folders = [top / folder for folder in public.folders]
-    for folder in folders:
-        if public.is_there(folder):
-            return folder
+    found = [folder for folder in folders if public.is_there(folder)]
+    if found:
+        own = (folder for folder in found if any(_holds_coco(folder, name) for name in (part, f"{part}2017")))
+        return next(own, found[0])
     looked = listed([str(folder) for folder in folders])
-    archives = listed([str(archive) for archive in public.archives])
+    archives = listed([str(archive) for archive in _archives_of(public, part)])
     raise DataError(
         f"the data set {name} is not there: looked at {looked} for {public.wanted}",
         f"unpack {archives} from {public.page} in {top / public.unpack}, or name the folder where it lies with --root "
@@ -202,6 +216,13 @@ def fetch_public(
             target.unlink()
             fetched.append(archive)
     return tuple(fetched)
+
+
+def _archives_of(public: _Public, part: str) -> list[Archive]:
+    """The archives of the usual parts; those of one that goes by a name of its own, as "val2014"."""
+    usual = [archive for archive in public.archives if {"train", "val", "test"} & {*archive.parts}]
+    own = [archive for archive in public.archives if part in archive.parts]
+    return usual if not own or any(archive in usual for archive in own) else own
 
 
 def _holds(public: _Public, top: Path, archive: Archive) -> bool:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refinedet_cli.core.config import Classes
-from refinedet_cli.data.dataset import Record, listed
+from refinedet_cli.core.words import counted
+from refinedet_cli.data.dataset import CLIPPED, DROPPED, Record, listed
 
 # Files commonly round coordinates to two decimals; what reaches out by no more than that is not worth a note.
 ROUNDING = 0.02
@@ -62,10 +63,17 @@ class Objects:
 
 
 class Checked(NamedTuple):
-    """Records, and what had to be said about their objects."""
+    """Records, and what had to be said about their objects.
+
+    Attributes:
+        records: of all pictures.
+        notes: for people.
+        altered: as in `Dataset`.
+    """
 
     records: tuple[Record, ...]
     notes: tuple[str, ...]
+    altered: dict[str, int]
 
 
 class _Clipped(NamedTuple):
@@ -73,6 +81,7 @@ class _Clipped(NamedTuple):
     areas: NDArray[np.float64]
     keep: NDArray[np.bool_]
     notes: list[str]
+    altered: dict[str, int]
 
 
 def make_records(pictures: Pictures, objects: Objects, describe: Callable[[Sequence[int]], str]) -> Checked:
@@ -120,7 +129,7 @@ def make_records(pictures: Pictures, objects: Objects, describe: Callable[[Seque
             )
         )
         start = end
-    return Checked(tuple(records), tuple(clipped.notes))
+    return Checked(tuple(records), tuple(clipped.notes), clipped.altered)
 
 
 def unused_classes(classes: Classes, labels: Sequence[int]) -> tuple[str, ...]:
@@ -132,7 +141,11 @@ def unused_classes(classes: Classes, labels: Sequence[int]) -> tuple[str, ...]:
     """
     used = set(labels)
     unused = [name for label, name in enumerate(classes.names, start=1) if label not in used]
-    return (f"{len(unused):,} of {len(classes):,} classes have no object: {listed(unused)}",) if unused else ()
+    return (
+        (f"{len(unused):,} of {counted(len(classes), 'class', 'classes')} without object: {listed(unused)}",)
+        if unused
+        else ()
+    )
 
 
 def picture_ids(stems: Sequence[str]) -> list[int]:
@@ -181,7 +194,8 @@ def _clip(objects: Objects, sizes: NDArray[np.float64], describe: Callable[[Sequ
         ("boxes reach out of their picture and are clipped", keep & moved),
     )
     notes = [f"{int(which.sum()):,} {text} ({_examples(which, describe)})" for text, which in kinds if which.any()]
-    return _Clipped(boxes, areas, keep, notes)
+    altered = {DROPPED: int((~keep).sum()), CLIPPED: int((keep & moved).sum())}
+    return _Clipped(boxes, areas, keep, notes, {what: number for what, number in altered.items() if number})
 
 
 def _examples(which: NDArray[np.bool_], describe: Callable[[Sequence[int]], str]) -> str:

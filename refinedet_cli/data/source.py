@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+from refinedet_cli.core.words import counted
 from refinedet_cli.data.dataset import Dataset, Split
 from refinedet_cli.data.images import open_regular
 from refinedet_cli.data.kinds import Format, recognise
@@ -111,13 +112,13 @@ def hold_out(dataset: Dataset, *, fraction: float = 0.15, seed: int = 0) -> tupl
     distinct = sorted(set(draws))
     if len(distinct) < 2:
         raise DataError(
-            f"{dataset.name} has {len(distinct)} distinct pictures, of which none can be held out to validate",
-            "add pictures, or name other data to validate on",
+            f"{dataset.name} has {counted(len(distinct), 'distinct picture')}, and none can be held out to validate",
+            "add pictures, or name other data to validate on; train takes it, or none, as --val",
         )
     # The lowest draw is always held out and the highest never, so that neither side is empty.
     limit = min(max(int(fraction * 2**256), distinct[0] + 1), distinct[-1])
     held = [draw < limit for draw in draws]
-    note = f"{sum(held):,} of {len(held):,} pictures are held out by content, seed {seed}"
+    note = f"{sum(held):,} of {counted(len(held), 'picture')} held out by content, seed {seed}"
     rest, out = (
         tuple(r for r, is_held in zip(dataset.records, held, strict=True) if is_held is side) for side in (False, True)
     )

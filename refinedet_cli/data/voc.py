@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from refinedet_cli.core.config import Classes
+from refinedet_cli.core.words import counted
 from refinedet_cli.data.dataset import SPLIT_NAMES, Dataset, listed
 from refinedet_cli.data.images import image_size, is_empty, is_file, is_picture_name, open_regular
 from refinedet_cli.data.records import Objects, Pictures, make_records, picture_ids, unused_classes
@@ -144,11 +145,11 @@ def read_voc(folder: VocFolder, part: VocPart, images: Path | None = None) -> Da
     identities = _identities(files)
     for path, annotation in annotations.items():
         reader.add(identities[path], path, annotation)
-    records, checked = make_records(reader.pictures, reader.objects, reader.describe)
+    records, checked, altered = make_records(reader.pictures, reader.objects, reader.describe)
     if part.listing is None:
         notes += _left_out(reader.folder, len(records))
     notes += own.notes + reader.notes() + checked + unused_classes(classes, reader.objects.labels)
-    return Dataset(f"{folder.root.resolve().name}/{part.name}".rstrip("/"), classes, records, notes)
+    return Dataset(f"{folder.root.resolve().name}/{part.name}".rstrip("/"), classes, records, notes, altered)
 
 
 # The XML files of each folder, by the names of their pictures.
@@ -257,7 +258,11 @@ def _annotations_of(part: VocPart, there: dict[str, Path]) -> _Annotations:
         found[there[name]] = None
         lines += 1
     repeated = lines - len(found)
-    notes = (f"{repeated:,} pictures are listed more than once in {part.listing.name}",) if repeated else ()
+    notes = (
+        (f"{counted(repeated, 'picture is', 'pictures are')} listed more than once in {part.listing.name}",)
+        if repeated
+        else ()
+    )
     return _Annotations(tuple(found), notes)
 
 
@@ -282,7 +287,7 @@ def _identities(files: _Files) -> dict[Path, int]:
 
 def _left_out(pictures: PictureFolder, count: int) -> tuple[str, ...]:
     more = len(pictures.names) - count
-    return (f"{more:,} pictures of {pictures.path} have no XML file and are left out",) if more > 0 else ()
+    return (f"{counted(more, 'picture')} of {pictures.path} left out, without XML file",) if more > 0 else ()
 
 
 # Classes -------------------------------------------------------------------------------------------------------------
@@ -484,7 +489,8 @@ class VocColumns:
         if self.from_zero:
             more = ", ..." if len(self.from_zero) > 3 else ""
             notes.append(
-                f"{len(self.from_zero):,} boxes begin at 0, though VOC counts pixels from 1; their files may count "
-                f"from 0, and boxes be off by one pixel ({self.describe(self.from_zero[:3])}{more})"
+                f"{counted(len(self.from_zero), 'box begins', 'boxes begin')} at 0, though VOC counts pixels from 1; "
+                "their files may count from 0, and boxes be off by one pixel "
+                f"({self.describe(self.from_zero[:3])}{more})"
             )
         return tuple(notes)

@@ -16,7 +16,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from refinedet_cli.core.config import Classes
-from refinedet_cli.data.dataset import SPLIT_NAMES, Dataset, Split, listed
+from refinedet_cli.core.words import counted
+from refinedet_cli.data.dataset import OUTLINED, SPLIT_NAMES, Dataset, Split, listed
 from refinedet_cli.data.images import image_size, is_empty, is_file, open_regular, real_path
 from refinedet_cli.data.listing import find_images
 from refinedet_cli.data.records import Objects, Pictures, make_records, picture_ids, unused_classes
@@ -114,17 +115,20 @@ def read_yolo(described: YoloFile, part: str) -> Dataset:
     unique = list(dict.fromkeys(paths))
     notes = list(described.notes) + _same_as_training(described, part, entries)
     if len(unique) < len(paths):
-        notes.append(f"{len(paths) - len(unique):,} pictures are listed more than once")
+        notes.append(f"{counted(len(paths) - len(unique), 'picture is', 'pictures are')} listed more than once")
     reader = YoloColumns(described)
     reader.read(unique)
-    records, checked = make_records(reader.pictures, reader.objects, reader.describe)
+    records, checked, altered = make_records(reader.pictures, reader.objects, reader.describe)
     if reader.objects.ids and not any(len(record) for record in records):
         raise DataError(
-            f"none of the {len(reader.objects.ids):,} boxes of {described.path} ({part}) lies in its picture",
+            f"of {counted(len(reader.objects.ids), 'box', 'boxes')} of {described.path} ({part}), none lies in its "
+            "picture",
             "boxes are fractions of the picture's width and height, between 0 and 1; are these pixels?",
         )
     notes += [*reader.notes(), *checked, *unused_classes(described.classes, reader.objects.labels)]
-    return Dataset(f"{described.root.resolve().name}/{part}", described.classes, records, tuple(notes))
+    if reader.outlines:
+        altered[OUTLINED] = reader.outlines
+    return Dataset(f"{described.root.resolve().name}/{part}", described.classes, records, tuple(notes), altered)
 
 
 # data.yaml -----------------------------------------------------------------------------------------------------------
@@ -451,9 +455,14 @@ class YoloColumns:
         notes = []
         if self.unlabelled:
             examples = listed(self.unlabelled[:3]) + (", ..." if len(self.unlabelled) > 3 else "")
-            notes.append(f"{len(self.unlabelled):,} pictures have no label file and count as empty ({examples})")
+            notes.append(
+                f"{counted(len(self.unlabelled), 'picture')} without label file, counted as empty ({examples})"
+            )
         if self.outlines:
-            notes.append(f"{self.outlines:,} objects are outlines and became the boxes around them")
+            outlines = counted(
+                self.outlines, "outline became the box around it", "outlines became the boxes around them"
+            )
+            notes.append(outlines)
         return tuple(notes)
 
 

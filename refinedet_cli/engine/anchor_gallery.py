@@ -10,6 +10,7 @@ import torch
 
 from refinedet_cli.core.anchors import tile_anchors
 from refinedet_cli.core.boxes import cxcywh_to_xyxy, pair_iou
+from refinedet_cli.core.words import counted
 from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.data.loading import read_record
 from refinedet_cli.engine.anchor_figures import (
@@ -96,8 +97,8 @@ def make_charts(objects: Objects, reports: Sequence[Named], refinement: Refineme
         steps = [Series(step.name, step.best_iou) for step in refinement.steps]
         yield both(
             "refinement-by-size",
-            f"{refinement.heading}, on {len(refinement.dataset):,} pictures: the best box of each object before and "
-            "after the network moves the anchors, whatever its score.",
+            f"{refinement.heading}, on {counted(len(refinement.dataset), 'picture')}: the best box of each object "
+            "before and after the network moves the anchors, whatever its score.",
             lambda theme: draw_recall_by_size(steps, refinement.objects.sides, theme, limit=limit),
             of_refinement=True,
         )

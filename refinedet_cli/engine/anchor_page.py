@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 
+from refinedet_cli.core.words import counted
 from refinedet_cli.data.files import write_whole
 from refinedet_cli.engine.anchor_file import ANCHORS_NAME, anchor_toml
 from refinedet_cli.engine.anchor_gallery import Chart, Example, Named, make_charts, make_examples
@@ -96,6 +97,7 @@ def render_page(study: Study, charts: Sequence[Chart], examples: Sequence[Exampl
         looks=list_looks(study),
         sections=list_sections(study),
         percent=percent,
+        counted=counted,
     )
 
 
@@ -146,8 +148,10 @@ def list_looks(study: Study) -> Section:
 def _level_row(level: LevelUse) -> Row:
     shapes = ", ".join(shape_text(shape) for shape in level.shapes)
     seen = "not known" if level.receptive_field is None else f"{level.receptive_field} px"
-    matched = f"{sum(level.positives):,} times"
-    return Row((str(level.stride), shapes, f"{level.anchors:,}", f"{level.best:,} objects", matched, seen), empty=False)
+    matched = counted(sum(level.positives), "time")
+    return Row(
+        (str(level.stride), shapes, f"{level.anchors:,}", counted(level.best, "object"), matched, seen), empty=False
+    )
 
 
 def _group_row(group: Group) -> Row:
@@ -165,8 +169,8 @@ def _remarks(study: Study) -> list[str]:
     data, search = study.dataset, study.search
     height, width = study.report.input_size
     lines = [
-        f"Anchors for {data.name}: {len(data):,} pictures, {len(study.objects):,} objects, at an input of "
-        f"{width} x {height} px.",
+        f"Anchors for {data.name}: {counted(len(data), 'picture')}, {counted(len(study.objects), 'object')}, at an "
+        f"input of {width} x {height} px.",
     ]
     if search is None:
         lines.append("They were not searched for: these are the detector's own.")

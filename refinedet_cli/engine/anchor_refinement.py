@@ -18,6 +18,7 @@ from refinedet_cli.core.detector import Step as Move
 from refinedet_cli.core.matching import match
 from refinedet_cli.core.preprocess import preprocess
 from refinedet_cli.core.structures import Targets
+from refinedet_cli.core.words import counted
 from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.data.loading import read_record
 from refinedet_cli.engine.anchors import MATCHED, Objects, gather, percent
@@ -91,9 +92,10 @@ class Refinement:
         """What refinement buys, in plain words."""
         first, *rest = self.steps
         told = " and ".join(f"{percent(step.share(MATCHED))} {step.name}" for step in rest)
-        of = "" if len(self.dataset) == self.of else f" of {self.of:,}"
+        looked_at = len(self.dataset)
+        of = "" if looked_at == self.of else f"{looked_at:,} of "
         return (
-            f"On {len(self.dataset):,}{of} pictures, {percent(first.share(MATCHED))} of the objects reach IoU 0.5 with "
+            f"On {of}{counted(self.of, 'picture')}, {percent(first.share(MATCHED))} of the objects reach IoU 0.5 with "
             f"an anchor, {told}."
         )
 

@@ -13,6 +13,7 @@ from refinedet_cli.core.anchor_alternatives import Alternative, alternatives
 from refinedet_cli.core.anchor_design import Proposal, design
 from refinedet_cli.core.anchors import level_sizes
 from refinedet_cli.core.config import AnchorConfig, DetectorConfig, TrainConfig
+from refinedet_cli.core.words import counted
 from refinedet_cli.data.dataset import Dataset, Record, remap
 from refinedet_cli.data.source import find_splits, hold_out, open_dataset
 from refinedet_cli.engine.anchor_refinement import Refinement, measure_refinement
@@ -177,7 +178,7 @@ class Search:
             )
         return (
             f"Better anchors reach {reach} instead of {percent(before.matched)} ({100 * gain.gain:+.1f} points, "
-            f"{interval}), with {self.proposal.anchors_after:,} anchors a picture instead of "
+            f"{interval}), with {counted(self.proposal.anchors_after, 'anchor')} a picture instead of "
             f"{self.proposal.anchors_before:,}."
         )
 
@@ -215,7 +216,9 @@ def study_anchors(options: StudyOptions, on_progress: Callable[[StudyProgress], 
     report = report_anchors(objects, detector)
     notes = [*dataset.notes, *report.notes]
     if objects.crowds:
-        notes.append(f"{objects.crowds:,} boxes around crowds are left out, as in training")
+        notes.append(
+            f"{counted(objects.crowds, 'box around a crowd is', 'boxes around crowds are')} left out, as in training"
+        )
     refinement = None if loaded is None else _refine(loaded, dataset, options, seed, on_progress)
     search, judged = None, (objects, dataset)
     if options.search:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from refinedet_cli.core.anchor_coverage import Coverage, ObjectSet, coverage
 from refinedet_cli.core.anchors import level_sizes
 from refinedet_cli.core.config import AnchorConfig, Classes, DetectorConfig
-from refinedet_cli.core.words import joined
+from refinedet_cli.core.words import counted, joined
 from refinedet_cli.data.dataset import Dataset
 from refinedet_cli.engine.network_facts import multiply_adds, receptive_fields
 from refinedet_cli.errors import DataError
@@ -201,7 +201,9 @@ def gather(dataset: Dataset, input_size: tuple[int, int]) -> Objects:
     crowds = sum(int((~keep).sum()) for _, _, keep in kept)
     kept = [(i, r, keep) for i, r, keep in kept if keep.any()]
     if not kept:
-        among = f"; its {crowds:,} boxes are all around crowds" if crowds else ""
+        among = (
+            f"; the {counted(crowds, 'box there is around a crowd', 'boxes there are around crowds')}" if crowds else ""
+        )
         raise DataError(f"{dataset.name} has no object for anchors to cover{among}", "check the annotations")
     counts = np.array([int(keep.sum()) for _, _, keep in kept])
     height, width = input_size
@@ -293,7 +295,8 @@ def explain(report: AnchorReport) -> str:
     missed, total = report.shortfall, report.overall.objects
     height, width = report.input_size
     if not missed.total:
-        return f"Every one of the {total:,} objects reaches IoU 0.5 with an anchor at {width} x {height}."
+        every = "The one object" if total == 1 else f"Every one of the {total:,} objects"
+        return f"{every} reaches IoU 0.5 with an anchor at {width} x {height}."
     head = (
         f"{percent(missed.total / total)} of the objects ({missed.total:,} of {total:,}) never reach IoU 0.5 with an "
         f"anchor at {width} x {height}."
@@ -389,5 +392,6 @@ def _oddities(report: AnchorReport) -> list[str]:
             )
     unmatched = round(report.overall.unmatched * report.overall.objects)
     if unmatched:
-        lines.append(f"{unmatched:,} objects get no anchor at all: every one that overlaps them goes to another object")
+        some = counted(unmatched, "object gets", "objects get")
+        lines.append(f"{some} no anchor at all: every one that overlaps goes to another object")
     return lines

@@ -29,6 +29,7 @@ from refinedet_cli.core.structures import BatchDetections, Candidates, Detection
 from refinedet_cli.engine.predict import picture_sizes
 from refinedet_cli.engine.stages import stage
 from refinedet_cli.errors import CheckpointError, ConfigError, DeviceError, UsageError
+from refinedet_cli.files import require_file
 from refinedet_cli.zoo.checkpoint import EXPORTED_SUFFIXES
 
 FormatName = Literal["onnx", "openvino", "torch-export"]
@@ -125,19 +126,13 @@ class Artefact(NamedTuple):
     run: Runner
 
 
+# The cure where there is no exported file of a name.
+MISSING = "name a file that `refinedet export` wrote"
+
+
 def is_artefact(path: Path) -> bool:
     """Tell whether a name is that of an exported file."""
     return path.suffix.lower() in EXPORTED_SUFFIXES
-
-
-def require_file(path: Path) -> None:
-    """Make sure that there is a file of this name.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file", "name a file that `refinedet export` wrote")
 
 
 def open_artefact(path: Path, *, device: torch.device | None = None, trusted: bool = False) -> Artefact:
@@ -153,7 +148,7 @@ def open_artefact(path: Path, *, device: torch.device | None = None, trusted: bo
         DeviceError: the library cannot compute there.
         UsageError: the library is not installed, or a .pt2 is not trusted.
     """
-    require_file(path)
+    require_file(path, MISSING)
     kind = next((name for name, suffix in SUFFIXES.items() if path.suffix.lower() == suffix), None)
     if kind == "onnx":
         return _open_onnx(path, device)

@@ -21,6 +21,7 @@ from refinedet_cli.core.build import build
 from refinedet_cli.core.config import DetectorConfig, TrainConfig
 from refinedet_cli.core.detector import Detector
 from refinedet_cli.core.structures import Target, Targets
+from refinedet_cli.core.words import counted
 from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.data.loading import PREFETCHED, Batch
 from refinedet_cli.engine.device import Precision
@@ -83,7 +84,7 @@ class FoundBatch:
         memory = ""
         if needed is not None and self.allowed is not None:
             memory = f", which takes {_gigabytes(needed)} of the {_gigabytes(self.allowed)} that may be taken"
-        worst = f" with up to {self.crowd:,} objects a picture" if self.crowd else ""
+        worst = f" with up to {counted(self.crowd, 'object')} a picture" if self.crowd else ""
         return f"batch: {self.batch} found by trial{worst}{memory}; {self.why}"
 
 

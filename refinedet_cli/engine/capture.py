@@ -22,7 +22,7 @@ from refinedet_cli.engine.distributed import ALONE
 from refinedet_cli.engine.gradients import Gradients
 from refinedet_cli.engine.recipe import fewest_frozen, freeze, make_optimizer
 from refinedet_cli.errors import CheckpointError, ConfigError
-from refinedet_cli.files import whole_file
+from refinedet_cli.files import require_file, whole_file
 
 CAPTURE_FILE = "nonfinite.pt"
 CAPTURE_VERSION = 1
@@ -112,8 +112,7 @@ def load_capture(path: Path) -> Capture:
     Raises:
         CheckpointError: the file is missing, damaged, no capture or of another version.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file", f"name the {CAPTURE_FILE} of a run that broke off")
+    require_file(path, f"name the {CAPTURE_FILE} of a run that broke off")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         kind, version = content.pop("kind", None), content.pop("version", None)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from refinedet_cli.core.anchor_coverage import ObjectSet, best_ious, coverage
 from refinedet_cli.core.config import Classes, DetectorConfig
+from refinedet_cli.core.words import counted
 from refinedet_cli.data.check import OUT_OF_REACH, SAME_CELL, Finding, Findings, Listed, Severity, Tally
 from refinedet_cli.data.check_boxes import Judged, judge_boxes, judge_classes, judge_empty, report_objects
 from refinedet_cli.data.check_entries import Part
@@ -38,7 +39,7 @@ class CheckOptions:
 
     Attributes:
         data: a data set, as ``open_dataset`` takes it; all of its parts, but for one that it names.
-        val: another to validate on; then ``data`` is its train part alone.
+        val: others to validate on; then ``data`` is its train part alone.
         split: of ``data``, the only part to look at.
         images: folder of the pictures.
         root: folder of public data sets.
@@ -50,7 +51,7 @@ class CheckOptions:
     """
 
     data: str
-    val: str | None = None
+    val: tuple[str, ...] = ()
     split: Split | None = None
     images: Path | None = None
     root: Path | None = None
@@ -99,8 +100,8 @@ class Reach(NamedTuple):
         total = self.missed.total
         share = percent(total / self.objects) if self.objects else "0.0 %"
         head = (
-            f"{total:,} of {self.objects:,} boxes ({share}) cannot reach IoU {MATCHED:g} with an anchor of "
-            f"{self.preset} at {width} x {height}"
+            f"{total:,} of {counted(self.objects, 'box', 'boxes')} ({share}) cannot reach IoU {MATCHED:g} with an "
+            f"anchor of {self.preset} at {width} x {height}"
         )
         causes = (
             (self.missed.too_small, f"smaller than {self.missed.smallest:.3g} px there"),
@@ -108,7 +109,7 @@ class Reach(NamedTuple):
             (self.missed.shape, "of a shape that no anchor has"),
             (self.missed.position, "between the anchors"),
         )
-        told = [f"{count:,} are {cause}" for count, cause in causes if count]
+        told = [f"{count:,} {'is' if count == 1 else 'are'} {cause}" for count, cause in causes if count]
         return f"{head}: {', '.join(told)}" if told else head
 
 
@@ -248,10 +249,12 @@ def _detector(options: CheckOptions) -> DetectorConfig:
 
 def _scan(options: CheckOptions, findings: Findings) -> list[Part]:
     split: Split | None = options.split
-    if options.val is None:
+    if not options.val:
         return scan_source(options.data, split, options.images, options.root, findings)
     parts = scan_source(options.data, split or "train", options.images, options.root, findings)
-    return parts + scan_source(options.val, "val", options.images, options.root, findings)
+    for source in options.val:
+        parts += scan_source(source, "val", options.images, options.root, findings)
+    return parts
 
 
 def _name(part: Part) -> str:

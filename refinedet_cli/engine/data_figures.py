@@ -12,6 +12,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
+from refinedet_cli.core.words import counted
 from refinedet_cli.engine.charts import (
     LIGHT,
     Theme,
@@ -102,7 +103,7 @@ def draw_sizes(stats: DataStats, theme: Theme) -> bytes:
     axis.set_xlabel(f"width, px of the {width} x {height} input")
     axis.set_ylabel("height, px of the input")
     axis.set_box_aspect(1)
-    finish_axis(axis, theme, f"Sizes of {len(stats.sides):,} objects")
+    finish_axis(axis, theme, f"Sizes of {counted(len(stats.sides), 'object')}")
     bar = colour_bar(figure, mesh, axis, "objects of about this size", theme)
     bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -155,7 +156,7 @@ def draw_picture_sizes(stats: DataStats, theme: Theme) -> bytes:
     axis.set_box_aspect(1)
     axis.set_xlabel("width, px")
     axis.set_ylabel("height, px")
-    finish_axis(axis, theme, f"Sizes of {stats.total.pictures:,} pictures")
+    finish_axis(axis, theme, f"Sizes of {counted(stats.total.pictures, 'picture')}")
     keys = [
         Line2D([], [], ls="", marker="o", ms=8, mfc=theme.series[0], mec=theme.series[0], alpha=0.5, label="pictures"),
         Line2D([], [], ls="--", lw=1.2, color=theme.series[1], label=f"shape of the {width} x {height} input"),

@@ -392,6 +392,9 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         # A file may have changed under its name; other weights often bring another config, which goes without saying.
         yield f"--weights {then['weights']} ({then['sha256'][:8]}) then, {now['weights']} ({now['sha256'][:8]}) now"
         changed -= {"config_sha256", "preset"}
+    if "score_threshold" in changed:
+        # The detector keeps what --score asks for: that its setup differs too says nothing more.
+        changed.discard("config_sha256")
     if changed & {"annotated", "crops", "multi_scale", "tiles"}:
         # Whether large JPEGs are reduced follows from these.
         changed.discard("decoder")

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from refinedet_cli.core.words import counted
 from refinedet_cli.errors import DeviceError
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
@@ -43,4 +44,4 @@ def describe_device(device: torch.device) -> str:
     """Name the device as a person would."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+    return f"{device.type} ({counted(torch.get_num_threads(), 'thread')})" if device.type == "cpu" else device.type

@@ -22,14 +22,15 @@ from refinedet_cli.core.config import Classes
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.errors import RefineDetError
 
-# Each colour is the one farthest from all before it, in OKLab, for normal, red-blind and green-blind eyes alike, among
-# colours vivid enough to stand out from a photograph.
+# The first twenty are as far apart as could be found, by CIEDE2000 for normal eyes and in OKLab for red-blind and
+# green-blind ones, among colours vivid and light enough to stand out from a photograph; among these, and among those
+# that follow, each is the one farthest from all before it.
 _PALETTE = bytes.fromhex(
-    "fa6e1d 0b6eff 4ee9d9 cf2099 c797fd f1cb1c 0ab074 e2093c 7c76cd fe85a4 01f48e b95569 96c166 c973ae a340dd 12aedb "
-    "48d7fe 618ffd f99603 ed73d6 fc4d5d 1dcbbc bf4fb8 95e85f 38853e ba02b4 88d9a5 e53e09 b96deb f9b0fd df4e92 8e5b99 "
-    "b83b76 e58c84 6e9b55 a89620 8254c4 42b59a 7b7414 c4b345 1edd82 f39dbe 049886 fda16b fa618e f7b83d fe6652 d446cd "
-    "6ecbd6 3f9aae 7572ae 8ab4ea a287c2 e6afe0 59aff4 b1604c c893c3 7978fb 846ce0 ce8d6f 47edbf 138282 468de5 e13572 "
-    "e05b4a 6c4cef ad9ae6 dbc27f b1769d 236ade badd7b 8f94ed bf395b b3b1ff f81a86 c9cb61 a522d2 7cd7cc 5daa61 e31705"
+    "ff6622 77ffee 7700ff eeee00 aaaaff ff0099 aa4444 ffbb44 4466cc aa2299 9977bb 0099ff 44aa44 55ddff ccee99 008877 "
+    "ff88cc 44dd99 dd8888 aa6600 ee44ee 33bbbb ffaa77 7788dd dd3366 bb6699 bb11dd ff7766 ee2200 ffdd66 ccaa33 66dd22 "
+    "88ffcc 66aa77 bb3311 66dddd 00ccaa 6655ee 00bbdd cc5544 88cc77 ffbbee 448855 0077bb cc8844 00ff77 ee6699 ff88ff "
+    "bb5577 bb44aa bb77ff 999900 77ddbb bb2266 ee99aa dd5566 cc77bb 00eeff 8877ee dd55aa bbbb55 00bb66 aa4488 9966cc "
+    "ffaa99 ee11bb 7766aa ddcc66 66ffaa bb44ff dd99dd 33eecc aa5533 bb77cc 3399cc ff7799 ff66ee cc1199 dd4488 6699dd"
 )
 
 # Fonts for names beyond ASCII, by the file names under which systems ship them; the first that has all letters is used.

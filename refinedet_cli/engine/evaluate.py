@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes, PostprocessConfig
 from refinedet_cli.core.structures import Detections
+from refinedet_cli.core.words import counted
 from refinedet_cli.data.dataset import ClassMatch, Dataset, Record, canonical_name, listed, match_classes, remap
 from refinedet_cli.data.loading import read_record
 from refinedet_cli.engine.detect_reading import HELD_BYTES
@@ -416,7 +417,9 @@ def _places(saved: SavedDetections, records: Sequence[Record], name: str) -> _Pl
         )
     notes: tuple[str, ...] = ()
     if saved.pictures is not None and (absent := len(place_of) - len({asked[i] for i in asked})):
-        notes = (f"{absent:,} of {len(records):,} pictures are not in {saved.path}: their objects count as missed",)
+        notes = (
+            f"{absent:,} of {counted(len(records), 'picture')} not in {saved.path}: objects there count as missed",
+        )
     places = {i: place_of[key] for i, key in asked.items()}
     return _Placed(np.array([places[i] for i in saved.image_ids.tolist()], dtype=np.int64), notes)
 
@@ -531,7 +534,5 @@ def _merged(match: ClassMatch, classes: Classes, data: Classes) -> tuple[str, ..
 def _unscored(match: ClassMatch) -> tuple[str, ...]:
     if not match.only_in_model:
         return ()
-    return (
-        f"{len(match.only_in_model):,} classes of the detector are not in the data and are not scored: "
-        f"{listed(match.only_in_model)}",
-    )
+    unknown = counted(len(match.only_in_model), "class of the detector is", "classes of the detector are")
+    return (f"{unknown} not in the data and not scored: {listed(match.only_in_model)}",)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ from refinedet_cli.engine.predict import AnyPredictor, ReferencePredictor
 from refinedet_cli.engine.proof import TOLERANCES, Accuracy, Proof, compare, judge
 from refinedet_cli.engine.sidecar import SIDECAR_SUFFIX, GoldenPictures, Picture, sidecar_text, versions
 from refinedet_cli.errors import ConfigError, DataError, UsageError
-from refinedet_cli.files import written_by_a_library
+from refinedet_cli.files import sync_folder, sync_tree, written_by_a_library
 from refinedet_cli.zoo.checkpoint import LoadedDetector, file_sha256, load_detector
 
 _CPU = torch.device("cpu")
@@ -131,7 +131,6 @@ def export(
     _check(loaded, options)
     info = _describe(loaded, options)
     name = _file_name(weights, options)
-    make_folder(out)
     with _workshop(out) as folder:
         on_progress(Stage("writing"))
         path = folder / name
@@ -148,8 +147,10 @@ def export(
         made = sorted(p for p in folder.iterdir() if p.name != name)
         sidecar = path.with_name(f"{name}{SIDECAR_SUFFIX}")
         write_whole(sidecar, sidecar_text(info, proof, [path, *made], golden))
+        sync_tree(folder)
         # What describes the others comes last: where it is, they are.
         files = [_put(p, out) for p in [*made, path, sidecar]]
+        sync_folder(out)
     return ExportResult(info, proof, (out / name, *(f for f in files if f.name != name)), len(golden))
 
 
@@ -271,13 +272,21 @@ def odd_pictures() -> list[Picture]:
 
 @contextmanager
 def _workshop(out: Path) -> Iterator[Path]:
-    """Give a folder beside the final place, so that files can be moved there whole, and clear it away."""
+    """Give a folder beside the final place, so that files can be moved there whole, and clear it away.
+
+    Of the folders that were made for it, those that stay empty go too.
+    """
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    make_folder(out)
     folder = out / f".{secrets.token_hex(8)}.tmp"
     folder.mkdir()
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def _put(path: Path, out: Path) -> Path:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from refinedet_cli.core.config import DetectorConfig
 from refinedet_cli.core.structures import Targets
+from refinedet_cli.core.words import counted
 from refinedet_cli.core.yolo import place_objects
 from refinedet_cli.engine.anchors import percent
 
@@ -36,8 +37,8 @@ class SharedCells(NamedTuple):
         rows, columns = self.grid
         share = percent(self.left_out / self.objects) if self.objects else "0.0 %"
         return (
-            f"{self.left_out:,} of {self.objects:,} boxes ({share}) have their centre in the cell of a larger one, of "
-            f"the {columns} x {rows} cells of {self.preset} at {width} x {height}: they are not learnt"
+            f"{self.left_out:,} of {counted(self.objects, 'box', 'boxes')} ({share}) with the centre in the cell of "
+            f"a larger one, of the {columns} x {rows} cells of {self.preset} at {width} x {height}: not learnt"
         )
 
 

@@ -124,7 +124,7 @@ def find_schedule(source: str, preprocess: PreprocessConfig) -> ScaleSchedule:
         return named_schedule(cast('Literal["voc", "coco"]', source), preprocess)
     path = Path(source)
     try:
-        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(
             f"--multi-scale {source}: there is no such schedule or file",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from refinedet_cli.core.config import AugmentConfig, Classes, DetectorConfig, PreprocessConfig, TrainConfig
 from refinedet_cli.core.structures import Target
+from refinedet_cli.core.words import counted
 from refinedet_cli.data.augment import View, distort_colours, draw_view
 from refinedet_cli.data.dataset import Dataset, Record
 from refinedet_cli.data.files import write_whole
@@ -255,8 +256,8 @@ def _lines(sample: Sample, *, with_time: bool) -> tuple[str, ...]:
     """Name the pictures, what was done to them, and what is to be found; in three lines."""
     facts = "no object"
     if sample.smallest is not None:
-        count = "1 object," if sample.objects == 1 else f"{sample.objects} objects, the smallest"
-        facts = f"{count} {_size(sample.smallest)} px"
+        which = "," if sample.objects == 1 else ", the smallest"
+        facts = f"{counted(sample.objects, 'object')}{which} {_size(sample.smallest)} px"
     if with_time:
         facts += f"; {_time(sample)}"
     if len(sample.file_names) == 1:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from refinedet_cli.core.boxes import pair_iou
 from refinedet_cli.core.config import PostprocessConfig
 from refinedet_cli.core.structures import Detections
+from refinedet_cli.core.words import counted
 
 
 class Tolerance(NamedTuple):
@@ -126,13 +127,13 @@ def judge(agreement: Agreement, accuracy: Accuracy | None, tolerance: Tolerance)
     failures = []
     if not agreement.boxes:
         failures.append(
-            f"nothing was proven: no box scores above {tolerance.above:g} in {agreement.pictures:,} pictures; name "
-            "pictures in which the detector finds something"
+            f"nothing was proven: no box scores above {tolerance.above:g} in {counted(agreement.pictures, 'picture')}; "
+            "name pictures in which the detector finds something"
         )
     if agreement.unmatched_share > tolerance.unmatched:
         failures.append(
-            f"{agreement.unmatched - agreement.ties:,} of {agreement.boxes:,} boxes have no counterpart at IoU "
-            f"{tolerance.iou:g} (worst picture: {agreement.worst})"
+            f"{agreement.unmatched - agreement.ties:,} of {counted(agreement.boxes, 'box', 'boxes')} without "
+            f"counterpart at IoU {tolerance.iou:g} (worst picture: {agreement.worst})"
         )
     if agreement.score_shift > tolerance.score:
         failures.append(

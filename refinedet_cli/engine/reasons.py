@@ -22,7 +22,7 @@ from refinedet_cli.metrics.curves import (
     class_curve,
     confusion,
 )
-from refinedet_cli.metrics.error_kinds import Errors, explain_errors
+from refinedet_cli.metrics.error_kinds import ErrorKind, Errors, explain_errors
 
 # Sides of a square of the same area, px-img; the borders of COCO's small, medium and large among them.
 SIZES = (
@@ -41,17 +41,26 @@ ASPECTS = (
     Kind("3:2 to 3:1", 3 / 2, 3.0),
     Kind("wider than 3:1", 3.0, np.inf),
 )
+# Objects of a size from which their AP says something of it: below, one object more or less moves it by 5 % and more.
+_ENOUGH_OBJECTS = 20
 # Above every score: no detection of such a class is worth keeping.
 _NEVER = 2.0
 
-MEANINGS = {
-    "class": "objects well placed but given the wrong class",
-    "place": "objects of the right class with a box that overlaps too little",
-    "both": "objects with the wrong class and a box that overlaps too little",
-    "duplicate": "second detections of an object",
-    "background": "detections where there is nothing",
-    "missed": "objects that no detection comes near",
+# What is counted, and which.
+_MEANINGS = {
+    "class": ("object", "well placed but given the wrong class"),
+    "place": ("object", "of the right class with a box that overlaps too little"),
+    "both": ("object", "with the wrong class and a box that overlaps too little"),
+    "duplicate": ("second detection", "of an object"),
+    "background": ("detection", "where there is nothing"),
+    "missed": ("object", "that no detection comes near"),
 }
+
+
+def told(kind: ErrorKind) -> str:
+    """Write how many errors of a kind there are, and what they are."""
+    noun, which = _MEANINGS[kind.kind]
+    return f"{counted(kind.count, noun)} {which}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,7 +71,7 @@ class Reasons:
         names: the scored classes; label i is ``names[i - 1]``.
         curves: precision and recall of each class.
         thresholds: the score of each class with the best F1; None where nothing of it is found.
-        errors: every error and its kind; counted at those thresholds.
+        errors: every error and its kind; counted at those thresholds, while gains regard every score.
         confusion: int64[K + 1, K + 1], object's class by detection's class at those thresholds; 0 is background.
         calibration: how often detections of a score are right.
         calibration_error: their mean distance; None without detections.
@@ -148,12 +157,13 @@ def _findings(reasons: Reasons) -> Iterator[str]:
 def _costliest(reasons: Reasons) -> Iterator[str]:
     gains = sorted((k for k in reasons.errors.kinds if k.gain and k.gain > 0), key=lambda k: -(k.gain or 0))
     for kind in gains[:1]:
-        yield f"Most is lost to {MEANINGS[kind.kind]}: without them AP50 would be {kind.gain:.3f} higher."
+        noun, which = _MEANINGS[kind.kind]
+        yield (f"Over all scores, most is lost to {noun}s {which}: without them AP50 would be {kind.gain:.3f} higher.")
 
 
 def _weak_sizes(reasons: Reasons) -> Iterator[str]:
-    parts = [p for p in reasons.sizes if p.average_precision is not None and p.objects]
-    total = sum(p.objects for p in parts)
+    total = sum(p.objects for p in reasons.sizes)
+    parts = [p for p in reasons.sizes if p.average_precision is not None and p.objects >= _ENOUGH_OBJECTS]
     if len(parts) < 2:
         return
     worst = min(parts, key=lambda p: ((p.average_precision or 0) - 1) * p.objects)

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from refinedet_cli.core.words import counted
 from refinedet_cli.data.files import write_whole
 from refinedet_cli.data.images import read_image
 from refinedet_cli.engine.anchor_refinement import Refinement
-from refinedet_cli.engine.reasons import MEANINGS, Reasons
+from refinedet_cli.engine.reasons import Reasons, told
 from refinedet_cli.metrics.curves import Curve
 from refinedet_cli.metrics.error_kinds import KINDS
 
@@ -142,8 +143,12 @@ def render(page: Page) -> str:
         reasons=reasons,
         curves=_drawn_curves(reasons),
         gallery=gallery(reasons, page.pictures),
-        meanings=MEANINGS,
+        told=told,
         steps=refinement_steps(page.refinement),
+        lowest=min((t.score for t in reasons.thresholds if t is not None), default=None),
+        highest=max((t.score for t in reasons.thresholds if t is not None), default=None),
+        unfound=int(_unfound(reasons).sum()),
+        objects=counted(int((~reasons.errors.matched.objects.ignored).sum()), "object"),
         most_gain=max((k.gain or 0 for k in reasons.errors.kinds), default=0) or 1,
         most_confused=max(1, int(_off_diagonal(reasons.confusion).max(initial=0))),
         confused=_most_confused(reasons.confusion),
@@ -226,7 +231,7 @@ def _shown(reasons: Reasons, place: int, picture: SourcePicture, faults: dict[Fa
     for i in np.flatnonzero((objects.picture == place) & ~objects.ignored):
         name = reasons.names[objects.labels[i] - 1]
         kind: Literal["missed", "found"] = "missed" if unfound[i] else "found"
-        marks.append(_mark(kind, objects.boxes[i], picture, name if kind == "found" else f"{name} missed"))
+        marks.append(_mark(kind, objects.boxes[i], picture, name if kind == "found" else f"{name} not found"))
         if unfound[i]:
             classes.add(name)
     for i in np.flatnonzero((matched.picture == place) & reasons.counted() & (errors.of_detection >= 0)):

@@ -20,6 +20,7 @@ from refinedet_cli.core.config import Classes, to_dict
 from refinedet_cli.core.multi_scale import ScaleSchedule
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.core.tiling import Tiling
+from refinedet_cli.core.words import counted
 from refinedet_cli.data.images import open_regular
 from refinedet_cli.data.json_entries import category_names, get, is_number, list_of, shown, whole
 from refinedet_cli.engine.predict import AnyPredictor
@@ -451,7 +452,7 @@ def _notes(info: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     if info.get("complete") is False:
         notes.append(f"{path} is of a run that was stopped before its end")
     if isinstance(failures := info.get("failures"), list) and failures:
-        notes.append(f"{path} is of a run in which {len(failures):,} pictures failed")
+        notes.append(f"{path} is of a run in which {counted(len(failures), 'picture')} failed")
     if str(info.get("decoder", "")).endswith(_REDUCED):
         notes.append(f"{path} is of a run that read large JPEGs at reduced size, so scores differ a little from eval's")
     return tuple(notes)

@@ -163,7 +163,7 @@ def _how_long(run: RunRecord) -> str:
     length = counted(run.step, "step") + (f" of {counted(batch, 'picture')}" if isinstance(batch, int) else "")
     reached = _epochs(done)
     if steps:
-        reached = f"{run.step:,} of {steps:,} steps"
+        reached = f"{run.step:,} of {counted(steps, 'step')}"
     elif asked and done is not None:
         reached = f"{round(done, 2):g} of {counted(asked, 'epoch')}"
     state = _state(run)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from refinedet_cli.errors import CheckpointError
-from refinedet_cli.files import sync_folder, whole_file
+from refinedet_cli.files import require_file, sync_folder, whole_file
 
 STATE_VERSION = 1
 
@@ -81,8 +81,9 @@ def load_state(path: Path) -> RunState:
     Raises:
         CheckpointError: the file is missing, damaged or of another version.
     """
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path}: there is nothing to resume", "start the run without --resume")
+    require_file(path, "start the run without --resume")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         version = content.pop("version")

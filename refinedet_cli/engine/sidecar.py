@@ -22,16 +22,17 @@ from refinedet_cli import __version__
 from refinedet_cli.core.preprocess import resize_weights
 from refinedet_cli.core.structures import Detections
 from refinedet_cli.engine.artefact import (
+    MISSING,
     Artefact,
     ArtefactInfo,
     ArtefactPredictor,
     FormatName,
     open_artefact,
-    require_file,
 )
 from refinedet_cli.engine.predict import AnyPredictor
 from refinedet_cli.engine.proof import TOLERANCES, Proof, compare, judge
 from refinedet_cli.errors import CheckpointError, GateError
+from refinedet_cli.files import require_file
 from refinedet_cli.zoo.checkpoint import file_sha256
 
 SIDECAR_SUFFIX = ".json"
@@ -148,8 +149,7 @@ def read_sidecar(path: Path) -> Sidecar:
         CheckpointError: it is missing or damaged.
     """
     sidecar = path.with_name(f"{path.name}{SIDECAR_SUFFIX}")
-    if not sidecar.is_file():
-        raise CheckpointError(f"{sidecar}: there is no such file", "it is written beside every export; copy it along")
+    require_file(sidecar, "it is written beside every export; copy it along")
     try:
         document = json.loads(sidecar.read_text(encoding="utf-8"))
         files = {str(name): str(entry["sha256"]) for name, entry in document["files"].items()}
@@ -197,12 +197,11 @@ def check(path: Path, *, trusted: bool = False) -> CheckResult:
         CheckpointError: the file or its sidecar is missing or damaged.
         GateError: it is not the file that was proven.
     """
-    require_file(path)
+    require_file(path, MISSING)
     sidecar = read_sidecar(path)
     for name, sha256 in sidecar.files.items():
         member = path.with_name(name)
-        if not member.is_file():
-            raise CheckpointError(f"{member}: there is no such file", "copy it along with the others")
+        require_file(member, "copy it along with the others")
         if file_sha256(member) != sha256:
             raise GateError(f"{member}: not the file that was proven, its content has changed", "get the file again")
     artefact = open_artefact(path, trusted=trusted)

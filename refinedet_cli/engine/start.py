@@ -271,20 +271,25 @@ def _warm_start(detector: Detector, path: Path) -> Start:
     match = match_classes(old.classes, new.classes)
     label_map = {label: int(match.labels[label]) for label in range(1, len(new.classes) + 1) if match.labels[label]}
     taken = copy_detector(detector, source.detector, label_map)
-    _refuse_misfit(taken, detector, path, old.preset)
+    _refuse_misfit(taken, detector, path, old)
     kept = label_map if taken.class_outputs else {}
     origin = {"weights": path.name, "classes_taken_over": [new.classes.names[label - 1] for label in kept]}
     notes = [f"start: {path.name}: {parts_line(taken)}", *explain(taken, new, old, kept)]
     return Start(detector, tuple(notes), origin)
 
 
-def _refuse_misfit(taken: WarmStart, detector: Detector, path: Path, preset: str) -> None:
+def _refuse_misfit(taken: WarmStart, detector: Detector, path: Path, old: DetectorConfig) -> None:
     """Refuse weights of which less than half of the backbone fits: a chance likeness of shapes is worse than none."""
     sizes = {n: t.numel() for n, t in detector.network.state_dict().items() if n.startswith("backbone.")}
     fitting = [n for n in taken.copied if n in sizes]
     if 2 * sum(sizes[n] for n in fitting) < sum(sizes.values()):
         how_many = f"only {len(fitting)} of the {len(sizes)} tensors of the backbone" if fitting else "none"
+        new = detector.config
+        kind, wanted, given = ("preset", new.preset, old.preset)
+        if wanted == given:  # What was set differs, not the preset.
+            kind, wanted, given = ("backbone", new.network.backbone, old.network.backbone)
+        told = "another network of its kind" if wanted == given else repr(given)
         raise CheckpointError(
-            f"{path}: {how_many} of these weights fit the preset {detector.config.preset!r} (they are of {preset!r})",
-            "name weights of this preset, or start with --weights none or --backbone-weights",
+            f"{path}: {how_many} of these weights fit the {kind} {wanted!r} (they are of {told})",
+            f"name weights of this {kind}, or start with --weights none or --backbone-weights imagenet",
         )

@@ -85,7 +85,24 @@ class CacheReport:
     total: int
 
 
-Report = StepReport | EvaluationReport | CacheReport | HealthReport | Diagnosis
+@dataclass(frozen=True)
+class ResumeReport:
+    """Where a run goes on.
+
+    Attributes:
+        step, steps: optimiser steps that are done, and those of the whole run.
+        epoch, epochs: the same as passes over the data.
+        is_done: whether nothing is left to train.
+    """
+
+    step: int
+    steps: int
+    epoch: float
+    epochs: float
+    is_done: bool
+
+
+Report = StepReport | EvaluationReport | CacheReport | ResumeReport | HealthReport | Diagnosis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +336,7 @@ class _Run:
         self.processes.from_first(self._prepare_folder)
         if self.options.resume:
             self._resume(self.processes.from_first(lambda: load_state(self.options.out / STATE_FILE)))
+            self._report_resumed()
         if self.processes.first:
             write_json(self.options.out / CONFIG_FILE, {**self.settings, **self.records["record"]})
             device, precision = self.options.device, self.options.precision
@@ -604,6 +622,14 @@ class _Run:
         on_device = {name: t.to(self.options.device) for name, t in state.log.pop("sums", {}).items()}
         self.log.restore({**state.log, "sums": on_device}, self.step, self.step if self.evaluated else self.step - 1)
         self._save_all_weights()
+
+    def _report_resumed(self) -> None:
+        if not self.processes.first:
+            return
+        plan = self.plan
+        is_done = self.evaluated and (self.step >= plan.steps or self._is_out_of_patience())
+        epoch = self.step / plan.steps_per_epoch
+        self.on_progress(ResumeReport(self.step, plan.steps, epoch, plan.epochs, is_done))
 
     def _fill_cache(self) -> None:
         total, done = len(self.data.records), 0

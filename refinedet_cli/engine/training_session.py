@@ -10,7 +10,8 @@ from typing import Any
 
 from refinedet_cli.core.config import to_dict
 from refinedet_cli.core.presets import Preset
-from refinedet_cli.data.dataset import Dataset, join, remap
+from refinedet_cli.core.words import counted
+from refinedet_cli.data.dataset import Dataset, join, listed, match_classes, remap
 from refinedet_cli.data.loading import PREFETCHED
 from refinedet_cli.data.source import find_splits, hold_out, open_dataset
 from refinedet_cli.engine import batch_size
@@ -133,7 +134,7 @@ class _Wanted:
 def prepare(
     *,
     data: Sequence[str],
-    val: str | None,
+    val: Sequence[str],
     images: Path | None,
     root: Path | None,
     out: Path | None,
@@ -156,14 +157,20 @@ def prepare(
     """Check everything that can be checked before the first step.
 
     Options win over the run file ``config``. ``weights`` and ``backbone_weights`` are one choice: giving either leaves
-    out both of the run file. ``val`` may be "none": then nothing is held out and nothing validated. Without ``out`` the
-    session can only be forecast.
+    out both of the run file. ``val`` may be "none" alone: then nothing is held out and nothing validated. Without
+    ``out`` the session can only be forecast.
 
     Raises:
-        UsageError: ``out`` holds a run already and neither ``resume`` nor ``overwrite`` says what to do with it, or
-            nothing names the data.
+        UsageError: ``out`` holds a run already and neither ``resume`` nor ``overwrite`` says what to do with it,
+            nothing names the data, or two options exclude each other.
         ConfigError, DataError, CheckpointError, DeviceError: as the parts raise them.
     """
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other", "give one of them")
+    if weights not in (None, NO_WEIGHTS) and backbone_weights is not None:
+        raise UsageError("--weights and --backbone-weights exclude each other", "give one of them")
+    if NO_VALIDATION in val and len(val) > 1:
+        raise UsageError("--val none does not go with other validation data", "give one of them")
     if tensorboard:
         require_tensorboard()
     if out is not None:
@@ -187,8 +194,8 @@ def prepare(
     start = start_detector(resolved.detector, weights=wanted.weights, backbone=backbone, seed=resolved.train.seed)
     loading, loading_notes = _loading_processes(workers, resolved, processes)
     notes = [
-        f"train: {training.name}, {len(training.records)} pictures, {training.objects} objects, "
-        f"{len(training.classes)} classes",
+        f"train: {training.name}, {counted(len(training.records), 'picture')}, "
+        f"{counted(training.objects, 'object')}, {counted(len(training.classes), 'class', 'classes')}",
         *validation_notes,
         *training.notes,
         *_note_of_crowds(training),
@@ -254,7 +261,7 @@ def _check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
 def _choose(
     run_file: RunFile,
     data: Sequence[str],
-    val: str | None,
+    val: Sequence[str],
     images: Path | None,
     root: Path | None,
     weights: str | None,
@@ -269,7 +276,7 @@ def _choose(
     own = run_file if not data else replace(run_file, val=(), images=None)
     return _Wanted(
         data=tuple(data) or run_file.data,
-        val=own.val if val is None else (val,),
+        val=tuple(val) or own.val,
         images=images or own.images,
         root=root or run_file.root,
         weights=weights,
@@ -284,7 +291,9 @@ def _resolve(
     if wanted.backbone_weights is None:
         return resolve_config(data.classes, preset, wanted.weights, run_file, settings), None
     if wanted.weights not in (None, NO_WEIGHTS):
-        raise ConfigError("--weights and --backbone-weights exclude each other", "give one of them")
+        raise ConfigError(
+            f"{run_file.path}: start.weights and start.backbone_weights exclude each other", "leave out one of them"
+        )
     # Which file a name such as "imagenet" stands for depends on the backbone, which the config names.
     first = resolve_config(data.classes, preset, NO_WEIGHTS, run_file, settings)
     backbone = find_backbone_weights(wanted.backbone_weights, first.detector.network.backbone)
@@ -300,17 +309,28 @@ def _part(training: Dataset, wanted: _Wanted, seed: int) -> tuple[Dataset, Datas
         sources = tuple(s for s in wanted.data if "val" in find_splits(s, root=wanted.root))
     if not sources:
         rest, held_out = hold_out(training, fraction=HELD_OUT, seed=seed)
-        return rest, held_out, [f"validation: {len(held_out.records)} pictures held out of {training.name}"]
+        held = counted(len(held_out.records), "picture")
+        return rest, held_out, [f"validation: {held} held out of {training.name}; --val names other data"]
     found = join([open_dataset(s, split="val", images=wanted.images, root=wanted.root) for s in sources])
+    if not match_classes(training.classes, found.classes).shared:
+        raise DataError(
+            f"the validation data {found.name} shares no class with the training data {training.name}: it has "
+            f"{listed(found.classes.names)}; the training data has {listed(training.classes.names)}",
+            "name validation data of the same classes with --val, or --val none to train without any",
+        )
     # Scored as it is, so that the score tells what it is of.
     notes = remap(found, training.classes).notes
-    line = f"validation: {found.name}, {len(found.records)} pictures"
+    line = f"validation: {found.name}, {counted(len(found.records), 'picture')}"
     return training, found, [line, *(f"validation: {note}" for note in notes)]
 
 
 def _note_of_crowds(training: Dataset) -> list[str]:
     crowds = sum(int(r.crowd.sum()) for r in training.records)
-    return [f"{crowds:,} boxes around crowds are left out of training"] if crowds else []
+    return (
+        [f"{counted(crowds, 'box around a crowd is', 'boxes around crowds are')} left out of training"]
+        if crowds
+        else []
+    )
 
 
 def _note_of_no_objects(validation: Dataset | None) -> list[str]:
@@ -325,7 +345,9 @@ def _note_of_no_objects(validation: Dataset | None) -> list[str]:
 def _run_line(resolved: Preset, pictures: int) -> str:
     preprocess, config = resolved.detector.preprocess, resolved.train
     plan = make_plan(pictures, preprocess, config)
-    length = f"{plan.steps:,} steps ({plan.epochs:.1f} epochs)" if config.steps else f"{config.epochs} epochs"
+    length = (
+        f"{counted(plan.steps, 'step')} ({plan.epochs:.1f} epochs)" if config.steps else counted(config.epochs, "epoch")
+    )
     return (
         f"preset {resolved.detector.preset} at {preprocess.height} x {preprocess.width}, {length} of batch {plan.batch}"
     )

@@ -32,7 +32,8 @@ class ErrorKind:
         kind: "class" (right place, wrong class), "place" (right class, overlap too small), "both", "duplicate" (object
             already found by a better one), "background" (nothing there), "missed" (object that no detection comes
             close to).
-        count: such detections at or above the score thresholds; for "missed", such objects.
+        count: such detections at or above the score thresholds; for "missed", objects that none of those found or came
+            close to.
         gain: what AP at this IoU would gain if these errors alone were mended, whatever their scores; None without an
             object.
     """
@@ -52,7 +53,7 @@ class Errors:
         matched: the detections, by descending score.
         of_detection: int64[D], place in `KINDS` of each detection's error, -1 where it is right or does not count.
         nearest: int64[D], the object that an error of class, place or both is about, or the one found twice; -1 else.
-        missed: bool[N], objects that count and that no detection found or came close to.
+        missed: bool[N], objects that count and that no detection found or came close to, whatever its score.
     """
 
     kinds: tuple[ErrorKind, ...]
@@ -86,16 +87,14 @@ def explain_errors(
     """
     matched = match_pictures(truths, detections, iou=iou)
     kinds, nearest = _sort_errors(matched, truths, iou)
-    objects = matched.objects
-    touched = np.zeros(len(objects.labels), dtype=bool)
-    touched[nearest[np.isin(kinds, [KINDS.index("class"), KINDS.index("place")])]] = True
-    missed = (objects.found_by < 0) & ~objects.ignored & ~touched
+    missed = _missed(matched, kinds, nearest, np.ones(len(matched.labels), dtype=bool))
     before = _mean_precision(matched, class_count)
     counted = matched.scores >= thresholds[matched.labels]
+    missed_there = _missed(matched, kinds, nearest, counted)
     found = []
     for i, kind in enumerate(KINDS):
         after = _mean_precision(_mended(matched, kinds == i, nearest, missed, kind), class_count)
-        count = int(missed.sum()) if kind == "missed" else int(((kinds == i) & counted).sum())
+        count = int(missed_there.sum()) if kind == "missed" else int(((kinds == i) & counted).sum())
         gain = None if before is None else (before if after is None else after) - before
         found.append(ErrorKind(kind, count, gain))
     return Errors(
@@ -140,6 +139,18 @@ def _sort_errors(
         kinds[rows] = kind
         nearest[rows] = np.where(kind == KINDS.index("background"), -1, firsts[place] + about)
     return kinds, nearest
+
+
+def _missed(
+    matched: Matched, kinds: NDArray[np.int64], nearest: NDArray[np.int64], counted: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """bool[N]: objects that count and that no counted detection found or came close to."""
+    objects = matched.objects
+    found = (objects.found_by >= 0) & np.append(counted, False)[objects.found_by]
+    touched = np.zeros(len(objects.labels), dtype=bool)
+    touched[nearest[np.isin(kinds, [KINDS.index("class"), KINDS.index("place")]) & counted]] = True
+    missed: NDArray[np.bool_] = ~found & ~objects.ignored & ~touched
+    return missed
 
 
 def _mended(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from refinedet_cli.core.config import PreprocessConfig
 from refinedet_cli.core.presets import torchvision_preprocess
 from refinedet_cli.errors import CheckpointError
+from refinedet_cli.files import require_file
 from refinedet_cli.zoo.backbone_layouts import LAYOUTS, TIMM, find_layout, rename
 from refinedet_cli.zoo.checkpoint import file_sha256
 from refinedet_cli.zoo.hub import HubFile, fetch, fetch_optional, parse_hub_name
@@ -196,6 +197,7 @@ def _describe(path: Path, hub: HubFile | None, backbone: str) -> BackboneFile:
 
 def _names(path: Path) -> list[str]:
     """List the tensors; only PyTorch files have to be read whole for it."""
+    require_file(path, "name another")
     if path.suffix != ".safetensors":
         return list(read_tensors(path))
     try:

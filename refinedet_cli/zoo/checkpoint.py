@@ -18,7 +18,7 @@ from refinedet_cli.core.build import build
 from refinedet_cli.core.config import DetectorConfig, from_dict, to_dict
 from refinedet_cli.core.detector import Detector
 from refinedet_cli.errors import CheckpointError, ConfigError
-from refinedet_cli.files import sync_folder, whole_file
+from refinedet_cli.files import require_file, sync_folder, whole_file
 
 FORMAT = "refinedet"
 FORMAT_VERSION = 1
@@ -144,8 +144,7 @@ def file_sha256(path: Path) -> str:
 
 
 def _read(path: Path, *, tensors: bool) -> tuple[Header, dict[str, Tensor]]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file", "name a .safetensors file that `refinedet train` wrote")
+    require_file(path, "name a .safetensors file that `refinedet train` wrote")
     if path.suffix.lower() in EXPORTED_SUFFIXES:
         raise CheckpointError(
             f"{path}: an exported file, which can only detect", "name the .safetensors file that it was made from"
@@ -156,11 +155,13 @@ def _read(path: Path, *, tensors: bool) -> tuple[Header, dict[str, Tensor]]:
             names = file.keys() if tensors else []
             content = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
+        if path.suffix.lower() != ".safetensors":
+            raise CheckpointError(
+                f"{path}: not a checkpoint of this tool, which is a .safetensors file", _import_cure(path)
+            ) from None
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})", "get the file again") from None
     if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: a safetensors file, but not a checkpoint of this tool", "its header does not say format refinedet"
-        )
+        raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of this tool", _import_cure(path))
     try:
         version = int(metadata["format_version"])
         if version > FORMAT_VERSION:
@@ -181,6 +182,10 @@ def _read(path: Path, *, tensors: bool) -> tuple[Header, dict[str, Tensor]]:
     while header["format_version"] < FORMAT_VERSION:
         header, content = MIGRATIONS[header["format_version"]](header, content)
     return header, {name: t.float() if t.is_floating_point() else t for name, t in content.items()}
+
+
+def _import_cure(path: Path) -> str:
+    return f"a detector of another project becomes one with: refinedet weights import {path}"
 
 
 def _config(path: Path, header: Header) -> DetectorConfig:

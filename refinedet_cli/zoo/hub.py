@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -150,8 +151,12 @@ def parse_hub_name(text: str) -> HubName | None:
     return HubName(match["repo"], match["revision"], match["file"])
 
 
-def fetch_weights(place: HubName) -> HubFile:
+def fetch_weights(place: HubName, *, renew: bool = False) -> HubFile:
     """Find weights of the Hub in the cache, or download them into it.
+
+    Args:
+        place: where they are.
+        renew: as for `fetch`.
 
     Raises:
         CheckpointError: the file is not a .safetensors file by its name, or cannot be had.
@@ -163,7 +168,7 @@ def fetch_weights(place: HubName) -> HubFile:
             "name a .safetensors file of the repository",
         )
     try:
-        return fetch(place.repo, file, place.revision)
+        return fetch(place.repo, file, place.revision, renew=renew)
     except MissingFileError as error:
         found = _safetensors_in(place)
         cure = f"name one that it has: {_some([f'{place.repo}:{name}' for name in found])}" if found else error.hint
@@ -180,13 +185,14 @@ def _safetensors_in(place: HubName) -> list[str]:
     return []
 
 
-def fetch(repo: str, file: str, revision: str | None = None) -> HubFile:
+def fetch(repo: str, file: str, revision: str | None = None, *, renew: bool = False) -> HubFile:
     """Find a file of the Hub in the cache, or download it into the cache.
 
     Args:
         repo: ``org/repo``.
         file: its name in the repository.
         revision: branch, tag or commit; None is the main branch.
+        renew: ask the Hub, whatever the cache has of this revision.
 
     Returns:
         `HubFile`. What the cache has of this revision is taken without asking the network; what was downloaded has the
@@ -199,7 +205,7 @@ def fetch(repo: str, file: str, revision: str | None = None) -> HubFile:
 
     with client(repo, file, revision):
         path = try_to_load_from_cache(repo, file, revision=revision)
-        if isinstance(path, str):
+        if isinstance(path, str) and not renew:
             return _hub_file(path, repo, file)
         # Asked first and once: the download alone retries for half a minute before it says what is wrong.
         known = get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))
@@ -232,27 +238,60 @@ def fetch_optional(repo: str, file: str, revision: str | None = None) -> HubFile
     return _hub_file(path, repo, file) if isinstance(path, str) else None
 
 
-def pull(name: str) -> Path:
+def pull(name: str, on_unasked: Callable[[], None] = lambda: None) -> Path:
     """Find weights as `resolve_weights` does, and make sure of those of the Hub.
 
+    Args:
+        name: as for `resolve_weights`.
+        on_unasked: called where the cache has them, and the Hub cannot be asked whether it has newer ones.
+
     Returns:
-        The path of an existing file. What the cache has is compared with its SHA-256, and downloaded again where it
-        differs; the repository's card lies beside it, if it has one, for its licence.
+        The path of an existing file. What the cache has is replaced where the branch means another commit by now; it is
+        compared with its SHA-256, and downloaded again where it differs. The repository's card lies beside it, if it
+        has one, for its licence.
 
     Raises:
         CheckpointError: as `resolve_weights`.
     """
-    path = resolve_weights(name)
     place = parse_hub_name(name)
+    is_new = place is not None and not _is_cached(place)
+    path = resolve_weights(name)
     if place is None or not path.is_relative_to(_cache()):
         return path
     found = fetch_weights(place)
+    if not is_new and _is_outdated(found, place, on_unasked):
+        found = fetch_weights(place, renew=True)
     if not _is_intact(found):
         _forget(found)
         found = fetch_weights(place)
     with suppress(CheckpointError):
         fetch_optional(place.repo, CARD_FILE, found.commit)
     return found.path
+
+
+def _is_cached(place: HubName) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    file = place.file or HUB_FILE
+    with client(place.repo, file, place.revision):
+        return isinstance(try_to_load_from_cache(place.repo, file, revision=place.revision), str)
+
+
+def _is_outdated(found: HubFile, place: HubName, on_unasked: Callable[[], None]) -> bool:
+    """Ask the Hub whether a branch or tag means another commit than the one in the cache."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    if place.revision == found.commit:
+        return False
+    try:
+        with client(found.repo, found.file, place.revision):
+            if constants.HF_HUB_OFFLINE:
+                return False
+            known = get_hf_file_metadata(hf_hub_url(found.repo, found.file, revision=place.revision))
+    except CheckpointError:
+        on_unasked()
+        return False
+    return known.commit_hash not in (None, found.commit)
 
 
 def _cache() -> Path:

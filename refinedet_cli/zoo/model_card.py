@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from refinedet_cli.core.config import to_dict
+from refinedet_cli.core.words import counted
 from refinedet_cli.zoo.hub import DEFAULT_WEIGHTS
 from refinedet_cli.zoo.inventory import Model, Scores, count_parameters
 
@@ -101,7 +102,7 @@ def _summary(model: Model) -> str:
     names = config.classes.names
     listed = ", ".join(_line(name) for name in names[:_CLASSES_NAMED])
     more = f" and {len(names) - _CLASSES_NAMED} more" if len(names) > _CLASSES_NAMED else ""
-    of = "1 class" if len(names) == 1 else f"{len(names)} classes"
+    of = counted(len(names), "class", "classes")
     size = config.preprocess
     family, paper = _FAMILIES[config.family]
     return (
@@ -128,7 +129,7 @@ def _accuracy(scores: Scores | None) -> Iterator[str]:
     if scores is None:
         yield "Not measured: the training run had no validation data."
         return
-    pictures = "" if scores.pictures is None else f", {scores.pictures:,} pictures"
+    pictures = "" if scores.pictures is None else f", {counted(scores.pictures, 'picture')}"
     yield "\n".join(
         [
             f"| on `{_cell(scores.data)}`{pictures} | |",
@@ -181,7 +182,7 @@ def training_facts(model: Model) -> Iterator[tuple[str, str]]:
 
 
 def _pictures(count: Any) -> str:
-    return f", {count:,} pictures" if isinstance(count, int) else ""
+    return f", {counted(count, 'picture')}" if isinstance(count, int) else ""
 
 
 def _start(start: Any) -> str:

@@ -17,6 +17,7 @@ from refinedet_cli.core.config import DetectorConfig
 from refinedet_cli.core.detector import Detector
 from refinedet_cli.core.layers import AnchorHead, ArmReader
 from refinedet_cli.errors import CheckpointError
+from refinedet_cli.files import require_file
 from refinedet_cli.zoo.torch_file import UnreadableFileError, load_torch_file
 
 Shapes = Sequence[tuple[float, float]]
@@ -220,8 +221,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing, damaged, or a pickle of something other than tensors.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file", "name a .safetensors or .pth file of tensors")
+    require_file(path, "name a .safetensors or .pth file of tensors")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else load_torch_file(path)
     except (SafetensorError, OSError) as error:

@@ -133,7 +133,7 @@ def test_the_result_is_data_for_the_commands(mix20: ModuleType, archives: list[s
     dataset = read_coco(tmp_path / "out" / "mix20-train.json")
     assert (len(dataset), dataset.objects, len(dataset.classes)) == (3, 5, 20)
     # The one note is that so small a set lacks classes: no box is dropped or clipped.
-    assert [note.split(":")[0] for note in dataset.notes] == ["17 of 20 classes have no object"]
+    assert [note.split(":")[0] for note in dataset.notes] == ["17 of 20 classes without object"]
 
 
 @pytest.mark.parametrize(

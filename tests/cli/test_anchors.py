@@ -114,6 +114,20 @@ def test_the_search_can_be_left_out(anchors: Run, data: Path, tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["anchors.json"]
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+    anchors: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refinedet_cli.engine.anchor_study.study_anchors", lambda *_: pytest.fail("it began"))
+    (tmp_path / "file").touch()
+    code, _, stderr = anchors(data, "--out", tmp_path / "file" / "below")
+    assert (code, "cannot write" in stderr) == (4, True)
+
+
+def test_help_tells_where_pictures_are_drawn(run: Run) -> None:
+    told = " ".join(run("anchors", "--help").stdout.replace("│", " ").split())
+    assert "nothing is written, or anchors/ with --visualize" in told
+
+
 def test_a_part_can_be_named(anchors: Run, data: Path) -> None:
     document = json.loads(anchors(f"{data}:val", "--no-search", "--json").stdout)
     assert document["dataset"]["objects"] == 61

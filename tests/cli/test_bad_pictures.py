@@ -201,7 +201,9 @@ def test_a_picture_that_may_not_be_read(run: Callable[..., Any], weights: Path, 
     (tmp_path / "good.png").write_bytes(encoded("PNG"))
     ended = run("detect", tmp_path, "--weights", weights, "--device", "cpu", "--json")
     assert ended.code == 8
-    assert "may not be read; change its permissions" in json.loads(ended.stdout)["failures"][0]["reason"]
+    assert (
+        "cannot be read: permission denied; change its permissions" in json.loads(ended.stdout)["failures"][0]["reason"]
+    )
 
 
 @pytest.mark.parametrize("name", [*BAD, VANISHING])

@@ -164,6 +164,13 @@ def test_usage_errors(bench, weights, call, words):
     assert words in stderr
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(run, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_module, "benchmark", lambda *_, **__: pytest.fail("it began"))
+    (tmp_path / "file").touch()
+    code, _, stderr = run("bench", weights, "--out", tmp_path / "file" / "below")
+    assert (code, "cannot write" in stderr) == (4, True)
+
+
 def test_pictures_that_are_not_there(bench, weights, tmp_path):
     code, _, stderr = bench(weights, "--source", tmp_path / "nowhere")
     assert code == 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -589,12 +590,18 @@ def _no_cats(train, val):
     val.objects = [o for o in val.objects if o["category_id"] == 2]
 
 
+def _cats_elsewhere(train, val):
+    for thing in train.objects:
+        thing["category_id"] = 2
+
+
 BETWEEN = [
     (lambda train, val: None, ""),
     (_leak, "picture-in-two-parts"),
     (_no_cats, "picture-empty class-unmeasured"),
     (lambda train, val: val.classes[0].update(name="cow"), "classes-differ class-unmeasured"),
     (lambda train, val: val.objects.clear(), "no-objects"),
+    (_cats_elsewhere, "class-elsewhere"),
 ]
 
 
@@ -604,6 +611,12 @@ def test_parts_are_compared(run, divided, spoil, kinds, depth):
     ended = run("data", "check", divided(spoil), "--preset", "tiny", "--depth", depth, "--json")
     found = {k["kind"] for k in json.loads(ended.stdout)["kinds"]} - {"box-out-of-reach"}
     assert found - {"class-unmeasured"} == set(kinds.split()) - {"class-unmeasured"}
+
+
+def test_a_class_of_another_part_names_it(run, divided):
+    kinds = json.loads(run("data", "check", divided(_cats_elsewhere), "--preset", "tiny", "--json").stdout)["kinds"]
+    (found,) = (k for k in kinds if k["kind"] == "class-elsewhere")
+    assert re.fullmatch(r"cat: \d in val", found["first"]["detail"])
 
 
 def test_a_leak_names_both_pictures_and_strict_fails(run, divided):
@@ -625,6 +638,8 @@ def test_val_names_other_data(run, divided):
     document = json.loads(run("data", "check", train, "--val", val, "--preset", "tiny", "--json").stdout)
     assert [part["pictures"] for part in document["parts"]] == [3, 3]
     assert "picture-in-two-parts" in {k["kind"] for k in document["kinds"]}
+    twice = run("data", "check", train, "--val", val, "--val", val, "--preset", "tiny", "--json")
+    assert len(json.loads(twice.stdout)["parts"]) == 3
     alone = json.loads(run("data", "check", f"{folder}:val", "--preset", "tiny", "--json").stdout)
     assert [part["name"] for part in alone["parts"]] == ["val"]
 

@@ -36,8 +36,8 @@ def test_a_table_tells_counts(run: Run, frames: Path, tmp_path: Path) -> None:
     assert "12 pictures, in 11 units that stay together" in stdout
     lines = [line.split() for line in stdout.splitlines()]
     assert ["pictures", "6", "50.0", "%", "3", "25.0", "%", "3", "25.0", "%", "12"] in lines
-    assert "1 pictures are copies of others" in stderr
-    assert "1 of 2 classes have no object: [dog]" in stderr
+    assert "1 picture is a copy of another" in stderr
+    assert "1 of 2 classes without object: [dog]" in stderr
     assert sorted(path.name for path in out.iterdir()) == ["images", "test.json", "train.json", "val.json"]
 
 

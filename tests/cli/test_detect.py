@@ -205,6 +205,24 @@ def test_a_list_of_paths_in_bytes(detect, photos, monkeypatch, end):
     assert [Path(p["path"]) for p in document["pictures"]] == [photos / name for name in names]
 
 
+def test_what_a_list_names_in_vain_fails_like_a_picture_that_cannot_be_read(detect, photos, monkeypatch):
+    entries = ["gone.jpg", str(photos / "two words.png"), "gone*.png", str(photos)]
+    monkeypatch.setattr(sys, "stdin", Piped("\n".join(entries).encode()))
+    code, stdout, _ = detect("-", "--json")
+    document = json.loads(stdout)
+    assert code == 8
+    assert [failure["path"] for failure in document["failures"]] == ["gone.jpg", "gone*.png"]
+    assert "does not exist" in document["failures"][0]["reason"]
+    assert len(document["pictures"]) == 3
+    assert detect("gone.jpg", photos).code == 4
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\0"])
+def test_a_list_may_begin_with_a_byte_order_mark(monkeypatch, end):
+    monkeypatch.setattr(sys, "stdin", Piped(b"\xef\xbb\xbfa.jpg" + end + b"b.jpg"))
+    assert list(module._entries(end)) == ["a.jpg", "b.jpg"]
+
+
 def test_a_long_list_is_read_in_pieces(monkeypatch):
     entries = [f"{i:05}.jpg" for i in range(20_000)]
     monkeypatch.setattr(sys, "stdin", Piped("\n".join(entries).encode()))
@@ -241,6 +259,23 @@ def test_a_run_is_gone_on_with_and_it_is_said(detect, photos, tmp_path):
     other = detect(photos, "--out", out, "--resume", "--no-draw")
     assert other.code == 2
     assert "drawing on then, off now" in other.stderr
+
+
+def test_a_run_that_was_done_before_has_no_pace(detect, photos, tmp_path):
+    assert "pictures/s" in detect(photos, "--out", tmp_path).stdout
+    code, stdout, _ = detect(photos, "--out", tmp_path, "--resume")
+    assert code == 0
+    assert "in 3 of 3 pictures" in stdout
+    assert "pictures/s" not in stdout
+
+
+def test_with_another_score_a_run_says_so_and_no_more(run, weights, photos, tmp_path):
+    call = ("detect", photos, "--weights", weights, "--out", tmp_path)
+    assert run(*call, "--score", 0.005).code == 0
+    code, _, stderr = run(*call, "--score", 0.9, "--resume")
+    assert code == 2
+    assert "other settings: --score 0.005 then, 0.9 now" in stderr
+    assert "set up in another way" not in stderr
 
 
 def test_other_formats_crops_and_a_class(detect, photos, tmp_path):

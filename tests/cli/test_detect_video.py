@@ -80,6 +80,14 @@ def test_a_pattern_names_videos(run, video, weights):
     assert "*.mp4' matches no videos" in stderr
 
 
+def test_a_folder_with_videos_alone_says_how_to_name_them(run, video, weights):
+    code, _, stderr = run("detect", video.parent, "--weights", weights)
+    assert code == 4
+    assert "holds no pictures" in stderr
+    assert f"name its videos: {video}, or {video.with_name('*.mkv')} for all" in stderr
+    assert run("detect", video.with_name("*.mkv"), "--weights", weights).code == 0
+
+
 def test_a_folder_that_is_called_like_a_video_is_a_folder(run, video, weights):
     folder = video.parent / "frames.mp4"
     folder.mkdir()

@@ -451,6 +451,9 @@ def test_multi_scale_is_said_and_recorded(evaluate: Run, data: Path, tmp_path: P
     finished = evaluate(data, *options)
     assert "multi-scale two.toml: 2 passes a picture" in finished.stderr
     assert finished.stdout.rstrip().endswith("2 passes a picture (multi-scale two.toml)")
+    rows = [line.split() for line in finished.stdout.splitlines()]
+    assert ["Multi-scale", "two.toml,", "2", "passes", "a", "picture"] in rows
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["origin"]["multi_scale"]["name"] == "two.toml"
     document = of_json(evaluate(data, *options[:4], "--json", "--quiet"))
     written = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert document["origin"]["multi_scale"]["name"] == written["info"]["multi_scale"]["name"] == "two.toml"
@@ -501,6 +504,33 @@ def test_other_ways_to_fail(evaluate: Run, run: Run, data: Path, tmp_path: Path)
     assert failure(run("eval", "--json"))[0] == 2
     assert failure(evaluate(data, "--postprocess", "other", "--json"))[0] == 2
     assert failure(evaluate(data, "--batch", 0, "--json"))[0] == 2
+
+
+@pytest.mark.parametrize("option", ["--out", "--report"])
+def test_what_cannot_be_written_is_told_before_the_work(
+    evaluate: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr("refinedet_cli.engine.evaluate.collect", lambda *_, **__: pytest.fail("it began"))
+    (tmp_path / "file").touch()
+    code, message = failure(evaluate(data / "val.json", option, tmp_path / "file" / "below", "--json"))
+    assert code == 4
+    assert f"cannot write {tmp_path / 'file' / 'below'}" in message
+    # A folder in the place of a file that is to be written.
+    (tmp_path / "out" / "metrics.json").mkdir(parents=True)
+    code, message = failure(evaluate(data / "val.json", "--out", tmp_path / "out", "--json"))
+    assert (code, "metrics.json: it is not an ordinary file" in message) == (4, True)
+
+
+def test_a_split_that_chooses_nothing_is_told_of(evaluate: Run, data: Path) -> None:
+    finished = evaluate(data / "val.json", "--split", "test")
+    assert finished.code == 0
+    assert "--split test chooses nothing" in finished.stderr
+    assert "--split" not in evaluate(data / "val.json").stderr
+    code, message = failure(evaluate(f"{data}:val", "--split=test", "--json"))
+    assert (code, "--split test contradicts" in message) == (2, True)
+    for source in (f"{data}:test", data):
+        finished = evaluate(source, "--split", "test")
+        assert (finished.code, "--split" in finished.stderr) == (0, False)
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is such a device here")
@@ -577,6 +607,8 @@ def test_help_explains_with_examples(run: Run) -> None:
     assert stdout.count("refinedet eval ") >= 3
     for option in ("--from", "--metric", "--voc-pixels", "--voc-overlap", "--bootstrap", "--compare", "--root"):
         assert option in stdout
+    told = " ".join(stdout.replace("│", " ").split())
+    assert "intervals around AP, AP50 and AP75, and around AP and AP50 of each class" in told
 
 
 # The page, the engine, and data that has to be fetched ----------------------------------------------------------------

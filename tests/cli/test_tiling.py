@@ -55,10 +55,15 @@ def test_detect_tells_and_records_the_tiles(run, data, weights):
 
 def test_eval_detects_the_same_as_detect(run, data, weights):
     options = ("--weights", weights, "--tile", "64", "--tile-overlap", "0.1")
+    shown = run("eval", "--dataset", data / "data.json", *options).stdout
+    assert "64 px that overlap by 6 px, and the whole picture" in next(n for n in shown.splitlines() if "Tiles" in n)
     code, stdout, stderr = run("eval", "--dataset", data / "data.json", "--out", data / "eval", "--json", *options)
     assert code == 0
     assert NOTE in " ".join(stderr.split())
     assert json.loads(stdout)["origin"]["tiles"]["size"] == 64
+    assert json.loads((data / "eval" / "metrics.json").read_text())["origin"]["tiles"]["size"] == 64
+    saved = run("eval", "--dataset", data / "data.json", "--from", data / "eval" / "detections.json").stdout
+    assert ["Tiles", "64", "px"] in [line.split() for line in saved.splitlines()]
     options = (*options, "--precision", "fp32")
     assert run("detect", data / "large.png", "--score", "0", "--out", data / "out", "--no-draw", *options).code == 0
     boxes = [

@@ -42,7 +42,7 @@ def test_a_run_from_scratch_leaves_weights_that_detect(run, data, tmp_path):
     out = tmp_path / "run"
     ended = run("train", "--data", data, "--out", out, "--weights", "none", "--preset", "tiny", "--epochs", 2, *FAST)
     assert ended.code == 0, ended.stderr
-    assert "pictures held out of" in ended.stderr
+    assert "held out of" in ended.stderr
     loaded = load_detector(out / "best.safetensors")
     assert loaded.config.classes == Classes(names=("green", "red"), category_ids=(3, 4))
     assert loaded.provenance["train"]["epochs"] == 2
@@ -108,7 +108,7 @@ def test_a_run_file_names_data_start_and_settings_and_options_win(run, data, wei
     assert document["config"]["train"]["lr"] == 0.5
     # Other data than the file's is not validated on what the file names.
     third = run(*call, "--out", "runs/c", "--data", data)
-    assert "pictures held out of" in third.stderr
+    assert "held out of" in third.stderr
 
 
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(run, data, weights, tmp_path, monkeypatch):
@@ -148,6 +148,19 @@ def test_a_preview_is_drawn_and_nothing_trained(run, data, weights, tmp_path):
     assert list(first) == ["file_names", "done", "epoch", "input_size", "objects", "smallest"]
     assert document["config"]["train"]["batch"] == 4
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["last.safetensors"]
+
+
+def test_a_dry_run_with_a_preview_does_both(run, data, weights, tmp_path):
+    sheet = tmp_path / "first.png"
+    call = ("train", "--data", data, "--weights", weights, "--preview", sheet, "--dry-run", *FAST)
+    shown = run(*call)
+    assert shown.code == 0, shown.stderr
+    assert shown.stdout.startswith(f"{sheet}: 16 samples\n")
+    assert "Dry run: nothing is written but the preview" in shown.stdout
+    document = json.loads(run(*call, "--json").stdout)
+    assert document["preview"]["file"] == str(sheet)
+    assert document["dry_run"]["step_seconds"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["first.png"]
 
 
 def test_a_batch_may_be_looked_for(run, data, weights, tmp_path, monkeypatch):
@@ -194,7 +207,7 @@ def test_what_is_missing_is_said(run, data, tmp_path):
 def test_two_kinds_of_weights_are_refused_before_any_is_looked_for(run, data, tmp_path):
     both = ("--weights", tmp_path / "x.safetensors", "--backbone-weights", "imagenet")
     ended = run("train", "--data", data, "--out", tmp_path / "run", "--preset", "tiny", *both)
-    assert ended.code == 3
+    assert ended.code == 2
     assert "exclude each other" in ended.stderr
 
 
@@ -216,6 +229,11 @@ def test_a_folder_with_a_run_is_neither_overwritten_nor_resumed_unasked(run, dat
     assert "holds a run already" in refused.stderr
     resumed = run(*call, "--resume", "--json")
     assert json.loads(resumed.stdout)["steps"] == 4
+    assert "resume: going on after step 1 of 4 (epoch 0.5 of 2.0)\n" in resumed.stderr
+    ended = run(*call, "--resume")
+    assert "resume: the run has ended after step 4 of 4 (epoch 2.0 of 2.0); there is nothing left to" in ended.stderr
+    both = run(*call, "--resume", "--overwrite")
+    assert (both.code, "--resume and --overwrite exclude each other" in both.stderr) == (2, True)
     changed = run(*call, "--resume", "--set", "train.lr=0.5")
     assert changed.code == 3
     assert "train.lr was" in changed.stderr
@@ -232,6 +250,12 @@ def test_a_folder_with_a_run_is_neither_overwritten_nor_resumed_unasked(run, dat
         pytest.param(("--config", "nowhere.toml"), 3, "nowhere.toml", id="missing run file"),
         pytest.param(("--weights", "nowhere.safetensors"), 5, "nowhere.safetensors", id="missing weights"),
         pytest.param(("--preset", "refinedet320_vgg16"), 5, "none of these weights fit", id="other architecture"),
+        pytest.param(
+            ("--set", "network.backbone=resnet18"),
+            5,
+            "fit the backbone 'resnet18' (they are of 'mobilenet_v2')",
+            id="other backbone",
+        ),
         pytest.param(("--resume",), 5, "nothing to resume", id="nothing to resume"),
         pytest.param(("--batch", 0), 2, "--batch '0' is no number of pictures", id="no batch"),
         pytest.param(("--batch", "many"), 2, "--batch 'many' is no number of pictures", id="malformed batch"),

@@ -82,6 +82,32 @@ def test_a_model_is_pulled_once_and_then_needs_no_hub(hub, run, tmp_path, checkp
     assert copy.read_bytes() == checkpoint
 
 
+def test_pull_takes_what_the_branch_means_by_now(hub, run, checkpoint):
+    other = checkpoint.replace(b"signs/val", b"signs/new")
+    hub.put("acme/signs", {"model.safetensors": checkpoint})
+    assert run("weights", "pull", "acme/signs").code == 0
+    hub.requests.clear()
+    assert run("weights", "pull", "acme/signs").code == 0
+    assert [request.method for request in hub.requests if "model.safetensors" in request.path] == ["HEAD"]
+    hub.put("acme/signs", {"model.safetensors": other})
+    offline = run("weights", "pull", "acme/signs", "--offline", "--json")
+    assert json.loads(offline.stdout)["sha256"] == hashlib.sha256(checkpoint).hexdigest()
+    assert json.loads(run("weights", "pull", "acme/signs", "--json").stdout)["sha256"] == (
+        hashlib.sha256(other).hexdigest()
+    )
+    hub.stop()
+    code, _, stderr = run("weights", "pull", "acme/signs")
+    assert (code, "the Hub could not be asked" in stderr) == (0, True)
+
+
+def test_a_commit_never_changes_and_is_not_asked_for(hub, run, checkpoint):
+    commit = hub.put("acme/signs", {"model.safetensors": checkpoint})
+    assert run("weights", "pull", f"acme/signs@{commit}").code == 0
+    hub.requests.clear()
+    assert run("weights", "pull", f"acme/signs@{commit}").code == 0
+    assert not [request for request in hub.requests if "model.safetensors" in request.path]
+
+
 def test_pull_does_not_replace_another_file(hub, run, tmp_path, checkpoint):
     hub.put("acme/signs", {"model.safetensors": checkpoint})
     (tmp_path / "mine.safetensors").write_bytes(b"mine")

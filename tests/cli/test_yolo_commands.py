@@ -58,7 +58,7 @@ def test_data_check_counts_the_objects_that_share_a_cell(run, weights, data, tmp
     (finding,) = (f for f in json.loads((tmp_path / "findings.json").read_text())["findings"] if "cell" in f["kind"])
     assert "(id 2)" in finding["where"]
     shown = " ".join(run("data", "check", data, "--weights", weights).stdout.split())
-    assert "1 of 4 boxes (25.0 %) have their centre in the cell of a larger one, of the 4 x 4 cells of" in shown
+    assert "1 of 4 boxes (25.0 %) with the centre in the cell of a larger one, of the 4 x 4 cells of" in shown
 
 
 def test_data_check_of_a_detector_with_anchors_has_no_cells(run, data):
@@ -87,7 +87,7 @@ def test_train_and_go_on_from_it(run, data, tmp_path):
     common = ("train", "--data", data, "--val", data, "--json", *SMALL)
     ended = run(*common, "--weights", "none", "--out", tmp_path / "first")
     assert ended.document()["finished"]
-    assert "1 of 4 boxes (25.0 %) have their centre in the cell of a larger one" in ended.stderr
+    assert "1 of 4 boxes (25.0 %) with the centre in the cell of a larger one" in ended.stderr
     header, *rows = (tmp_path / "first" / "log.csv").read_text().splitlines()
     assert rows
     assert {"box", "object", "no_object", "class", "positives_objects", "positives_left_out"} <= set(header.split(","))

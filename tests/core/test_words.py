@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from refinedet_cli.core.words import counted, joined
+from refinedet_cli.core.words import counted, joined, pace
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,14 @@ from refinedet_cli.core.words import counted, joined
 )
 def test_a_number_takes_the_right_noun(words: tuple[int, str], expected: str) -> None:
     assert counted(*words) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(0.0, "0.0"), (0.0123, "0.012"), (0.96, "0.96"), (1.0, "1.0"), (23.45, "23.4"), (1234, "1,234.0")],
+)
+def test_a_slow_pace_is_not_nothing(number: float, expected: str) -> None:
+    assert pace(number) == expected
 
 
 @pytest.mark.parametrize(

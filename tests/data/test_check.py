@@ -132,7 +132,7 @@ def test_what_is_good_is_what_the_readers_keep():
     )
     objects.ids[:] = range(400)
     pictures = Pictures([1], ["0.png"], [Path("0.png")], [(100, 50)])
-    (record,), _ = make_records(pictures, objects, str)
+    (record,) = make_records(pictures, objects, str).records
     assert np.flatnonzero(result.good).tolist() == record.annotation_ids.tolist()
     np.testing.assert_array_equal(result.boxes[result.good], record.boxes)
 

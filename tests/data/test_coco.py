@@ -75,7 +75,7 @@ def test_everything_is_read(tmp_path: Path) -> None:
     assert second.annotation_ids.tolist() == [1, 4]
     types = [first.boxes.dtype, first.labels.dtype, first.areas.dtype, first.crowd.dtype, third.difficult.dtype]
     assert types == [np.float64, np.int64, np.float64, np.bool_, np.bool_]
-    assert data.notes == ("1 of 3 classes have no object: gnu",)
+    assert data.notes == ("1 of 3 classes without object: gnu",)
 
 
 def test_set_without_objects(tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_missing_size_of_a_missing_picture(tmp_path: Path) -> None:
 def test_pictures_listed_twice_are_noted(tmp_path: Path) -> None:
     changed = document()
     changed["images"][2]["file_name"] = "b.jpg"
-    assert "1 pictures are listed more than once, with different ids" in read(tmp_path, changed).notes
+    assert "1 picture is listed more than once, with different ids" in read(tmp_path, changed).notes
 
 
 def _slots(node: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:

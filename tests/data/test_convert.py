@@ -400,3 +400,19 @@ def test_a_link_that_cannot_be_made_is_a_copy(signs: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
     assert convert(str(signs), "coco", tmp_path / "new", transfer="link").pictures == (3, 0)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_what_the_reader_dropped_and_clipped_is_lost(signs: Path, tmp_path: Path, to) -> None:
+    boxes = [thing(), thing((5, 5, 0, 4)), thing((90, 5, 4, 4)), thing((30, 20, 20, 20))]
+    write(signs / "train.json", {"images/a b.png": boxes}, ("cat", "dog", "gnu"))
+    told = lost(convert(str(signs), to, tmp_path / "new"))
+    assert (told["boxes dropped"], told["boxes clipped"]) == (2, 1)
+
+
+def test_outlines_that_became_boxes_are_lost(tmp_path: Path) -> None:
+    picture(tmp_path / "old" / "images" / "a.png")
+    (tmp_path / "old" / "labels").mkdir()
+    (tmp_path / "old" / "labels" / "a.txt").write_text("0 0.1 0.2 0.5 0.2 0.5 0.8\n0 0.5 0.5 0.1 0.1\n")
+    (tmp_path / "old" / "data.yaml").write_text("names: [cat]\ntrain: images\n")
+    assert lost(convert(str(tmp_path / "old"), "coco", tmp_path / "new"))["outlines"] == 1

@@ -105,7 +105,7 @@ def test_remap_renames_and_counts_what_it_removes() -> None:
     assert [r.labels.tolist() for r in mapped.records] == [[3, 1], [], []]
     assert mapped.records[0].annotation_ids.tolist() == [101, 102]
     assert mapped.records[0].boxes.tolist() == data.records[0].boxes[1:3].tolist()
-    assert mapped.notes == ("n", "3 objects of classes that the model does not know are left out: zebra")
+    assert mapped.notes == ("n", "3 objects of classes that the model does not know left out: zebra")
     assert data.records[0].labels.tolist() == [1, 2, 3, 1]
 
 

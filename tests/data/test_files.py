@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from refinedet_cli.data.files import write_json, write_whole
+from refinedet_cli.data.files import require_writable, whole_folder, write_json, write_whole
 from refinedet_cli.errors import DataError
 
 
@@ -84,6 +84,25 @@ def test_interrupt_leaves_no_temporary(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_can_be_written_is_found_out_without_a_trace(tmp_path: Path) -> None:
+    (tmp_path / "there").write_bytes(b"old")
+    require_writable(tmp_path / "there", tmp_path / "new", tmp_path / "deep" / "folder" / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_folder_that_takes_no_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(DataError, match=os.strerror(number)) as caught:
+        require_writable(tmp_path / "new" / "file")
+    assert str(tmp_path / "new" / "file") in caught.value.message
+    assert list(tmp_path.iterdir()) == []
+
+
 def _folder(tmp_path: Path) -> Path:
     (tmp_path / "folder").mkdir()
     return tmp_path / "folder"
@@ -130,3 +149,17 @@ def test_json_refuses_what_json_does_not_know(tmp_path: Path, value: float) -> N
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", [value])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "old").write_bytes(b"old")
+    out, synced = tmp_path / "out", []
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: synced.append((str(Path(f"/proc/self/fd/{handle}").readlink()), out.exists()))
+    )
+    with whole_folder(out) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "a").write_bytes(b"a")
+        (folder / "linked").hardlink_to(tmp_path / "old")
+    names = [(path.removeprefix(str(folder)), there) for path, there in synced]
+    assert names == [("/inner", False), ("/inner/a", False), ("", False), (str(tmp_path), True)]

@@ -338,7 +338,7 @@ def test_impossible_names_are_a_data_error(tmp_path: Path, name: str) -> None:
 def test_unreadable_file_is_a_data_error(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.png", Image.fromarray(gradient()))
     path.chmod(0)
-    with pytest.raises(DataError, match="may not be read"):
+    with pytest.raises(DataError, match="cannot be read: permission denied"):
         read_image(path)
 
 
@@ -349,7 +349,7 @@ def test_refused_permission_is_a_data_error(tmp_path: Path, monkeypatch: pytest.
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(DataError, match="may not be read"):
+    with pytest.raises(DataError, match="cannot be read: permission denied"):
         read_image(path)
 
 

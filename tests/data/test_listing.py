@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from refinedet_cli.data.images import FoundImage, read_image
-from refinedet_cli.data.listing import DiskSet, find_images, list_images
+from refinedet_cli.data.listing import DiskSet, Entry, find_images, list_images
 from refinedet_cli.errors import DataError
 
 
@@ -220,6 +220,24 @@ def test_source_without_pictures_is_named(
         find_images(["a.jpg", source])
     assert caught.value.hint
     assert source in caught.value.message
+
+
+@pytest.mark.parametrize("entry", ["gone.jpg", "empty", "*.gif", "https://example.org/a.jpg", "n" * 300])
+def test_what_a_list_names_in_vain_is_listed_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str
+) -> None:
+    touch(tmp_path, "a.jpg", "empty/notes.txt")
+    monkeypatch.chdir(tmp_path)
+    found = find_images([Entry("a.jpg"), Entry(entry)])
+    assert [image.path for image in found] == [Path("a.jpg"), Path(entry)]
+    with pytest.raises(DataError):
+        read_image(found[1].path)
+
+
+@pytest.mark.parametrize("entry", ["gone/..", "nul\0.jpg"])
+def test_what_cannot_be_the_name_of_a_picture_is_refused_in_a_list_too(entry: str) -> None:
+    with pytest.raises(DataError):
+        find_images([Entry(entry)])
 
 
 def test_no_source_at_all_is_a_data_error() -> None:

@@ -89,11 +89,11 @@ def test_yolo_keeps_folders_but_none_called_images() -> None:
 
 
 def test_what_would_need_another_name_cannot_stay() -> None:
-    with pytest.raises(DataError, match="1 pictures cannot stay, for YOLO needs other names"):
+    with pytest.raises(DataError, match="1 picture cannot stay, for YOLO needs other names"):
         place_for_yolo([part(["1.png", "images/2.png"])], "stay")
     with pytest.raises(DataError, match="in 2"):
         place_for_voc([part(["1.png", "x/2.png"])], "stay")
-    with pytest.raises(DataError, match="1 pictures cannot stay, for VOC needs other names"):
+    with pytest.raises(DataError, match="1 picture cannot stay, for VOC needs other names"):
         place_for_voc([part(["1.png", "1.jpg"])], "stay")
 
 

@@ -29,6 +29,8 @@ def packed(names: list[str], kind: str) -> bytes:
 CONTENTS = {
     "annotations_trainval2017.zip": packed(["annotations/instances_val2017.json"], "zip"),
     "val2017.zip": packed(["val2017/000000000139.jpg"], "zip"),
+    "annotations_trainval2014.zip": packed(["annotations/instances_val2014.json"], "zip"),
+    "val2014.zip": packed(["val2014/COCO_val2014_000000000042.jpg"], "zip"),
     "VOCtest_06-Nov-2007.tar": packed(
         ["VOCdevkit/VOC2007/ImageSets/Main/test.txt", "VOCdevkit/VOC2007/Annotations/000001.xml"], "tar"
     ),
@@ -89,3 +91,21 @@ def test_parts_that_are_not_public_are_refused(asked, tmp_path):
     with pytest.raises(DataError, match="not public"):
         public.fetch_public("voc2012", "test", lambda *_: None, tmp_path)
     assert asked == []
+
+
+def test_coco_of_2014_goes_by_its_own_name(asked, tmp_path):
+    with pytest.raises(DataError) as caught:
+        public.find_public("coco", tmp_path, "val2014")
+    assert "annotations_trainval2014.zip (253 MB), val2014.zip (6.6 GB) from" in (caught.value.hint or "")
+    public.fetch_public("coco", "val2014", lambda *_: None, tmp_path)
+    assert asked == ["annotations_trainval2014.zip", "val2014.zip"]
+    assert public.find_public("coco", tmp_path) == tmp_path / "coco"
+    assert public.fetch_public("coco", "val2014", lambda *_: None, tmp_path) == ()
+
+
+def test_coco_in_two_folders_is_found_where_the_part_is(tmp_path):
+    for folder, part in (("coco", "val2017"), ("coco2014", "val2014")):
+        (tmp_path / folder / "annotations").mkdir(parents=True)
+        (tmp_path / folder / "annotations" / f"instances_{part}.json").touch()
+    assert public.find_public("coco", tmp_path, "val2014") == tmp_path / "coco2014"
+    assert public.find_public("coco", tmp_path, "val") == public.find_public("coco", tmp_path) == tmp_path / "coco"

@@ -26,7 +26,7 @@ def test_objects_go_to_their_pictures_in_order() -> None:
 
 
 def test_no_pictures_and_no_objects() -> None:
-    assert records([], [], []) == ((), ())
+    assert records([], [], []) == ((), (), {})
     assert [len(r) for r in records([], [], [(9, 9)]).records] == [0]
 
 
@@ -70,5 +70,5 @@ def test_picture_ids_are_distinct(stems: list[str]) -> None:
 
 def test_unused_classes() -> None:
     classes = Classes(names=("a", "b", "c"), category_ids=(1, 2, 3))
-    assert unused_classes(classes, [2, 2]) == ("2 of 3 classes have no object: a, c",)
+    assert unused_classes(classes, [2, 2]) == ("2 of 3 classes without object: a, c",)
     assert unused_classes(classes, [1, 3, 2]) == ()

@@ -536,7 +536,7 @@ def test_hold_out_parts_the_set(tmp_path: Path) -> None:
     assert ids(rest) == sorted(ids(rest))
     # 30 expected; 15 to 45 is three standard deviations.
     assert 15 <= len(held) <= 45
-    assert rest.notes == ("n", f"{len(held)} of 200 pictures are held out by content, seed 0")
+    assert rest.notes == ("n", f"{len(held)} of 200 pictures held out by content, seed 0")
     assert held.classes == rest.classes == data.classes
 
 
@@ -595,3 +595,12 @@ def test_missing_picture_is_named(tmp_path: Path) -> None:
 def test_real_folder(shared_data: Path) -> None:
     sizes = [len(open_dataset(str(shared_data / "bccd"), split=split)) for split in ("train", "val", "test")]
     assert sizes == [205, 87, 72]
+
+
+def test_coco_of_2014_alone_is_found(tmp_path: Path) -> None:
+    annotate(tmp_path / "coco" / "annotations" / "instances_val2014.json", identity=11)
+    place(tmp_path / "coco" / "val2014" / "a.jpg")
+    data = open_dataset("coco:val2014", split="val", root=tmp_path)
+    assert (ids(data), data.name) == ([11], "coco/val2014")
+    with pytest.raises(DataError, match="has no val part, only val2014"):
+        open_dataset("coco", split="val", root=tmp_path)

@@ -80,7 +80,7 @@ def test_everything_is_read(tmp_path: Path) -> None:
     # A single pixel, by VOC's own formula (xmax - xmin + 1) * (ymax - ymin + 1).
     assert read(root, "test").records[0].boxes.tolist() == [[4, 4, 5, 5]]
     assert data.notes == (
-        "18 of 20 classes have no object: " + ", ".join(n for n in VOC_CLASSES if n not in ("dog", "person")),
+        "18 of 20 classes without object: " + ", ".join(n for n in VOC_CLASSES if n not in ("dog", "person")),
     )
 
 
@@ -113,10 +113,10 @@ def test_inclusive_corners_become_edges(tmp_path: Path, drawn: list[tuple[int, i
 @pytest.mark.parametrize(
     ("given_box", "expected", "note"),
     [
-        ((0, 6, 30, 25), [0, 5, 30, 25], "1 boxes begin at 0"),
-        ((11, 0, 30, 25), [10, 0, 30, 25], "1 boxes begin at 0"),
-        ((0, 0, 100, 50), [0, 0, 100, 50], "1 boxes begin at 0"),
-        ((0.5, 6, 30, 25), [0, 5, 30, 25], "1 boxes begin at 0"),
+        ((0, 6, 30, 25), [0, 5, 30, 25], "1 box begins at 0"),
+        ((11, 0, 30, 25), [10, 0, 30, 25], "1 box begins at 0"),
+        ((0, 0, 100, 50), [0, 0, 100, 50], "1 box begins at 0"),
+        ((0.5, 6, 30, 25), [0, 5, 30, 25], "1 box begins at 0"),
         ((-3, 6, 30, 25), [0, 5, 30, 25], "1 boxes reach out"),
         ((11, 6, 130, 25), [10, 5, 100, 25], "1 boxes reach out"),
         ((11.25, 6.5, 30.75, 25), [10.25, 5.5, 30.75, 25], None),
@@ -203,7 +203,7 @@ def test_labels_file_decides(tmp_path: Path, name: str, content: str) -> None:
     data = read(tmp_path)
     assert data.classes.names == ("zebra", "cat", "ant")
     assert data.records[0].labels.tolist() == [2]
-    assert data.notes == (f"classes are those of {name}", "2 of 3 classes have no object: zebra, ant")
+    assert data.notes == (f"classes are those of {name}", "2 of 3 classes without object: zebra, ant")
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_without_lists_all_is_one_part(tmp_path: Path) -> None:
     data = read(tmp_path)
     assert data.name == tmp_path.name
     assert [r.file_name for r in data.records] == ["JPEGImages/a.jpg", "JPEGImages/b.jpg"]
-    assert f"1 pictures of {tmp_path / 'JPEGImages'} have no XML file and are left out" in data.notes
+    assert f"1 picture of {tmp_path / 'JPEGImages'} left out, without XML file" in data.notes
 
 
 def test_xml_beside_pictures(tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_pictures_listed_twice_are_taken_once(tmp_path: Path) -> None:
     enlist(tmp_path, "train", "a\na\n")
     data = read(tmp_path, "train")
     assert len(data) == 1
-    assert "1 pictures are listed more than once in train.txt" in data.notes
+    assert "1 picture is listed more than once in train.txt" in data.notes
 
 
 # --- pictures

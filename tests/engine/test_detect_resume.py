@@ -341,7 +341,8 @@ def change(what: str, predictor: Fake, photos: Path) -> dict:
         ("detector", "set up in another way"),
         ("one more", "number of pictures 7 then, 8 now"),
         ("renamed", "other pictures, as many as then"),
-        ("score", r"--score 0\.3 then, 0\.5 now"),
+        # That the detector keeps what --score asks for goes without saying too.
+        ("score", r"settings: --score 0\.3 then, 0\.5 now$"),
         # That JPEGs are then read in full goes without saying.
         ("draw", "settings: drawing off then, on now$"),
         ("crops", "settings: --crops off then, on now$"),

@@ -206,9 +206,23 @@ def oklab(colour: tuple[int, int, int], eyes: list[list[float]]) -> np.ndarray:
     return np.array(to_lab) @ np.cbrt(np.array(to_lms) @ seen)
 
 
-@pytest.mark.parametrize(("eyes", "least"), [(np.eye(3).tolist(), 0.07), (PROTAN, 0.04), (DEUTAN, 0.04)])
+@pytest.mark.parametrize(("eyes", "least"), [(np.eye(3).tolist(), 0.08), (PROTAN, 0.07), (DEUTAN, 0.07)])
 def test_the_first_twenty_colours_are_told_apart_by_all_eyes(eyes, least):
     seen = [oklab(class_colour(label), eyes) for label in range(1, 21)]
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > least
+
+
+def cielab(colour: tuple[int, int, int]) -> np.ndarray:
+    srgb = np.array(colour) / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    x, y, z = np.cbrt(np.array(to_xyz) @ linear / [0.95047, 1.0, 1.08883])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize(("count", "least"), [(5, 60), (10, 25), (20, 20), (40, 12), (80, 7)])
+def test_no_two_classes_have_nearly_one_colour(count, least):
+    seen = [cielab(class_colour(label)) for label in range(1, count + 1)]
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > least
 
 

@@ -306,9 +306,9 @@ def test_partly_shared_classes_are_scored_and_named(half_known: Dataset) -> None
     assert evaluation.objects == 4
     kept, left_out, unscored = evaluation.notes
     assert kept == "as read"
-    assert left_out.startswith("1 objects of classes that the model does not know")
+    assert left_out.startswith("1 object of a class that the model does not know left out")
     assert "zebra" in left_out
-    assert unscored == "1 classes of the detector are not in the data and are not scored: bus"
+    assert unscored == "1 class of the detector is not in the data and not scored: bus"
 
 
 def test_an_unknown_class_without_objects_leaves_the_numbers_complete(half_known: Dataset) -> None:
@@ -558,13 +558,13 @@ def test_a_detections_file_goes_by_file_and_class_names(pair: Dataset) -> None:
     assert collected.scored_classes == ("dog", "cat")
     assert [c.AR100 for c in score_coco(collected).per_class] == [1.0, 1.0]
     assert sum(len(d.scores) for d in collected.detections) == 3
-    assert collected.notes == ("1 classes of the detector are not in the data and are not scored: bus",)
+    assert collected.notes == ("1 class of the detector is not in the data and not scored: bus",)
 
 
 def test_pictures_that_a_detections_file_leaves_out_count_as_missed_and_are_told(pair: Dataset) -> None:
     part = saved_of((1, 11, 0.9, 2, 2, 20, 20), classes=pair.classes, pictures={1: "1.png"})
     collected = collect_saved(part, pair)
-    assert collected.notes == ("1 of 2 pictures are not in saved.json: their objects count as missed",)
+    assert collected.notes == ("1 of 2 pictures not in saved.json: objects there count as missed",)
     assert score_coco(collected).per_class[0].AR100 == 0.5
 
 

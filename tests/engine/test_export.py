@@ -602,6 +602,11 @@ def test_an_export_that_breaks_off_leaves_nothing(weights, tmp_path, monkeypatch
     with pytest.raises(RuntimeError, match="no program"):
         export(weights, tmp_path, ExportOptions())
     assert names_in(tmp_path) == []
+    # A folder that was made for it goes too; one that was there stays.
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(RuntimeError, match="no program"):
+        export(weights, tmp_path / "mine" / "new" / "out", ExportOptions())
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 @pytest.mark.usefixtures("premade")

@@ -240,6 +240,12 @@ def test_files_that_are_not_there_or_no_text(tmp_path, loaded):
         find_schedule(str(tmp_path / "x.toml"), loaded.config.preprocess)
 
 
+def test_a_schedule_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_bytes(b"\xef\xbb\xbf[[passes]]\nsize = 64\n")
+    assert find_schedule(str(path), PreprocessConfig()).passes[0].size == 64
+
+
 # --- what people are told
 
 

@@ -51,7 +51,8 @@ def test_the_costliest_kind_of_error_comes_first():
     # cat: recall 1/2 at precision 1; dog: the mistaken cat ranks first. Mended, both are 1.
     gain = 1 - (51 / 101 + 0.5) / 2
     assert reasons.findings[0] == (
-        f"Most is lost to objects well placed but given the wrong class: without them AP50 would be {gain:.3f} higher."
+        "Over all scores, most is lost to objects well placed but given the wrong class: "
+        f"without them AP50 would be {gain:.3f} higher."
     )
 
 
@@ -66,11 +67,30 @@ def test_the_commonest_confusion_is_named_from_three_on():
     assert line == "cat is taken for dog most often: 3 of 3 objects at the best thresholds."
 
 
+def of_two_sizes(small: int, large: int, *more: tuple[PictureTruth, PictureDetections]):
+    """So many objects of 12 px that nobody finds, and so many of 300 px that are found, one a picture."""
+    unfound = [(1, 20.0 * i, 0, 20.0 * i + 12, 12) for i in range(small)]
+    found = [picture(i, [(1, 0, 100, 300, 400)], [(1, 0.9, 0, 100, 300, 400)]) for i in range(1, large + 1)]
+    return explained(picture(0, unfound, []), *found, *more)
+
+
 def test_a_weak_size_is_named_with_its_share():
-    small = [(1, 60.0 * i, 0, 60.0 * i + 12, 12) for i in range(3)]
-    reasons = explained(picture(1, [*small, (1, 0, 100, 300, 400)], [(1, 0.9, 0, 100, 300, 400)]))
-    [line] = [f for f in reasons.findings if f.startswith("Objects of")]
+    [line] = [f for f in of_two_sizes(60, 20).findings if f.startswith("Objects of")]
     assert line.startswith("Objects of below 16 px (75 % of all) have an AP50 of 0.000, those of 192 px and up 1.000:")
+
+
+@pytest.mark.parametrize(("small", "large"), [(19, 60), (60, 19)])
+def test_a_size_with_few_objects_gives_no_advice(small, large):
+    assert not [f for f in of_two_sizes(small, large).findings if f.startswith("Objects of")]
+
+
+def test_a_few_objects_beside_two_weak_sizes_are_no_example():
+    # The four of 20 px are all found; what is said is of the two sizes that have enough objects.
+    few = [(1, 60.0 * i, 30, 60.0 * i + 20, 50) for i in range(4)]
+    extra = picture(99, few, [(1, 0.95, *row[1:]) for row in few])
+    [line] = [f for f in of_two_sizes(60, 20, extra).findings if f.startswith("Objects of")]
+    assert "those of 192 px and up" in line
+    assert "(71 % of all)" in line
 
 
 @pytest.mark.parametrize("found", [[], [(1, 0.5, 0, 0, 10, 10)]])

@@ -92,9 +92,31 @@ def test_the_gallery_holds_the_pictures_with_faults_worst_first(page):
     assert second.faults == {"missed": 1, "false": 0, "confused": 0}
     [missed] = [m for m in second.marks if m.kind == "missed"]
     assert (missed.left, missed.top, missed.width, missed.height) == (50, 20, 25, 60)
-    assert missed.text == "cat missed"
+    assert missed.text == "cat not found"
     assert worst.faults == {"missed": 0, "false": 1, "confused": 1}
     assert [m.text for m in worst.marks if m.kind != "found"] == ["<b>dog</b> 0.95: class", "zebra 0.85: background"]
+
+
+def test_misses_are_counted_at_the_scores_that_the_page_names(page):
+    # Three cats found at 0.9; the fourth only at 0.1, far below detections of nothing: the best threshold is 0.9.
+    box, elsewhere = (0, 0, 50, 50), (60, 60, 90, 90)
+    truths = [
+        PictureTruth(i, np.array([box], float), np.array([2]), np.full(1, 2500.0), np.zeros(1, bool)) for i in range(4)
+    ]
+    seen = [[(0.9, box)]] * 3 + [[(0.5, elsewhere)] * 8 + [(0.1, box)]]
+    detections = [
+        PictureDetections(
+            i, np.array([b for _, b in rows], float), np.array([s for s, _ in rows]), np.full(len(rows), 2)
+        )
+        for i, rows in enumerate(seen)
+    ]
+    reasons = find_reasons(truths, detections, NAMES)
+    html = render(Page(**{**vars(page), "reasons": reasons, "pictures": [*page.pictures, page.pictures[0]]}))
+    plain = re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", html))
+    assert "missed 1 object that no detection comes near" in plain
+    assert "Counted from a score of 0.90 on" in plain
+    assert "Not found at these scores: 1 of 4 objects;" in plain
+    assert re.findall(r"(\d+) not found,", plain) == ["1"]
 
 
 def test_a_page_without_faults_or_objects_is_written_too(page, tmp_path):
@@ -145,7 +167,7 @@ def test_the_page_works_in_a_browser(page, tmp_path, browser):
 
     assert len(texts("figure")) == 2
     click("[data-fault=missed]")
-    assert all("1 missed" in text for text in texts("figcaption"))
+    assert all("1 not found" in text for text in texts("figcaption"))
     click("[data-fault='']")
     browser.find_element("css selector", "#of option[value='']")
     browser.execute_script(

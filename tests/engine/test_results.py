@@ -214,7 +214,7 @@ def test_a_run_that_did_not_go_through_is_told(tmp_path):
     write_records(tmp_path / "d.json", [*map(record, PICTURES), BAD], CLASSES, ORIGIN, complete=False)
     stopped, failed = read_results(tmp_path / "d.json").notes
     assert "stopped before its end" in stopped
-    assert "1 pictures failed" in failed
+    assert "1 picture failed" in failed
 
 
 def test_the_list_of_results_that_is_written_is_read_back(tmp_path):

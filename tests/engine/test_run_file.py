@@ -176,3 +176,9 @@ def test_what_cannot_be_read_is_said_with_a_cure(tmp_path, name, cure):
 def test_what_holds_no_tables_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="expected tables"):
         read_run_file(written(tmp_path, "[1]", "list.json"))
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbf[train]\nlr = 0.5\n")
+    assert read_run_file(path).settings == {"train": {"lr": 0.5}}

@@ -19,7 +19,7 @@ from refinedet_cli.data.loading import PREFETCHED
 from refinedet_cli.engine import training_session
 from refinedet_cli.engine.batch_size import FoundBatch
 from refinedet_cli.engine.training_session import TrainingSession
-from refinedet_cli.errors import ConfigError, DeviceError, UsageError
+from refinedet_cli.errors import ConfigError, DataError, DeviceError, UsageError
 from refinedet_cli.zoo.checkpoint import save_checkpoint
 
 
@@ -70,7 +70,7 @@ def project(tmp_path, monkeypatch):
 def prepare(**changes: Any) -> TrainingSession:
     settings: dict[str, Any] = {
         "data": [],
-        "val": None,
+        "val": [],
         "images": None,
         "root": None,
         "out": Path("runs/a"),
@@ -119,7 +119,7 @@ def test_data_of_the_options_does_not_keep_the_validation_of_the_file(project):
     session = prepare(data=["sets/two/train.json"])
     assert len(session.data.records) + len(session.validation.records) == 3
     assert session.settings["data"]["val"] == []
-    named = prepare(data=["sets/two/train.json"], val="sets/one/train.json")
+    named = prepare(data=["sets/two/train.json"], val=["sets/one/train.json"])
     assert (len(named.data.records), len(named.validation.records)) == (3, 4)
 
 
@@ -172,11 +172,11 @@ def test_what_training_and_validation_leave_out_is_told_and_scored_as_a_part(pro
     }
     Path("sets/two/more.json").write_text(json.dumps(more))
     Path("sets/two/crowd.json").write_text(json.dumps({**data, "annotations": [*data["annotations"], *crowds]}))
-    session = prepare(data=["sets/two/crowd.json"], val="sets/two/more.json")
+    session = prepare(data=["sets/two/crowd.json"], val=["sets/two/more.json"])
     notes = "\n".join(session.notes)
-    assert "1 boxes around crowds are left out of training" in notes
-    assert "validation: 1 objects of classes that the model does not know are left out: other" in notes
-    assert "validation: 1 " in notes.replace("validation: 1 objects", "")  # the box without area
+    assert "1 box around a crowd is left out of training" in notes
+    assert "validation: 1 object of a class that the model does not know left out: other" in notes
+    assert "validation: 1 " in notes.replace("validation: 1 object of", "")  # the box without area
     session.run(lambda report: None, training_session.never)
     assert session.validation.classes.names == ("thing", "other")
 
@@ -196,12 +196,22 @@ def test_what_the_run_changes_of_its_preset_is_told(project):
 def test_validation_without_an_object_is_told(project):
     data = json.loads(Path("sets/two/train.json").read_text())
     Path("sets/two/empty.json").write_text(json.dumps({**data, "annotations": []}))
-    assert any("there is no AP" in note for note in prepare(val="sets/two/empty.json").notes)
+    assert any("there is no AP" in note for note in prepare(val=["sets/two/empty.json"]).notes)
     assert not any("there is no AP" in note for note in prepare().notes)
 
 
+def test_validation_data_of_other_classes_are_refused_with_the_option_that_mends_it(project):
+    data = json.loads(Path("sets/two/train.json").read_text())
+    other = [{**category, "name": f"{category['name']} of another kind"} for category in data["categories"]]
+    Path("sets/two/strange.json").write_text(json.dumps({**data, "categories": other}))
+    with pytest.raises(DataError, match=r"shares no class with the training data .*: it has thing of") as caught:
+        prepare(val=["sets/two/strange.json"])
+    assert "--val" in caught.value.hint
+    assert "weights" not in caught.value.hint
+
+
 def test_no_validation_trains_on_everything(project):
-    session = prepare(val="none")
+    session = prepare(val=["none"])
     assert (len(session.data.records), session.validation) == (7, None)
     assert session.settings["data"]["val"] == ["none"]
     assert "validation: none" in session.notes
@@ -219,7 +229,7 @@ def test_weights_of_the_options_replace_the_whole_start_of_the_file(project):
 
 def test_patience_needs_something_to_validate_on(project):
     with pytest.raises(ConfigError, match=r"train\.patience counts evaluations, and there is nothing to validate on"):
-        prepare(val="none", settings=["train.patience=2", "train.evaluate_every=1"])
+        prepare(val=["none"], settings=["train.patience=2", "train.evaluate_every=1"])
     assert prepare(settings=["train.patience=2", "train.evaluate_every=1"]).preset.train.patience == 2
 
 
@@ -284,3 +294,11 @@ def test_without_a_folder_there_is_only_a_forecast(project):
     with pytest.raises(ValueError, match="without a folder"):
         session.run(lambda report: None, training_session.never)
     assert not (project / "runs").exists()
+
+
+def test_validation_data_are_joined(project):
+    session = prepare(val=["sets/one/train.json", "sets/two/train.json"])
+    assert session.validation is not None
+    assert len(session.validation) == 7
+    with pytest.raises(UsageError, match="--val none does not go with other"):
+        prepare(val=["sets/one/train.json", "none"])

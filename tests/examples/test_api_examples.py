@@ -48,6 +48,9 @@ def test_train_trains_and_uses_the_result(example, picture, tmp_path):
     assert printed.endswith("it finds: stop\n")
 
 
-def test_train_says_how_it_is_called(example):
-    with pytest.raises(SystemExit, match="usage: "):
-        example("train.py")
+@pytest.mark.parametrize("name", ["train.py", "predict.py", "run_onnx.py"])
+def test_it_says_how_it_is_called(example, name):
+    if name == "run_onnx.py":
+        pytest.importorskip("onnxruntime")
+    with pytest.raises(SystemExit, match=f"usage: python examples/{name} "):
+        example(name)

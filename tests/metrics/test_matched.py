@@ -211,6 +211,15 @@ def test_only_counted_detections_are_counted_but_all_can_gain():
     assert background.gain == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("row", [(1, 0.3, 0, 0, 10, 10), (2, 0.3, 0, 0, 10, 10), (1, 0.3, 5, 0, 15, 10)])
+def test_an_object_that_only_a_low_score_comes_near_counts_as_missed(row):
+    low, high = (explained(truth((1, 0, 0, 10, 10)), [row], np.full(10, t)).kinds for t in (0.3, 0.4))
+    missed = KINDS.index("missed")
+    assert (low[missed].count, high[missed].count) == (0, 1)
+    # What mending would gain is of all scores, as AP is.
+    assert low[missed].gain == high[missed].gain == pytest.approx(0)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_every_wrong_detection_has_one_kind_and_mending_never_hurts(seed):
     truths, detections = crowded(seed)

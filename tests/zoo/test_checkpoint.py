@@ -129,7 +129,7 @@ def refused(path: Path, match: str = "") -> CheckpointError:
 
 def test_a_missing_file_and_a_folder(tmp_path):
     refused(tmp_path / "none.safetensors", "there is no such file")
-    refused(tmp_path, "there is no such file")
+    refused(tmp_path, "this is a folder, not a file")
 
 
 def test_a_file_cut_short_anywhere(tmp_path, saved):
@@ -139,7 +139,7 @@ def test_a_file_cut_short_anywhere(tmp_path, saved):
     lengths = [0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1]
     for length in lengths:
         path.write_bytes(whole[:length])
-        refused(path, "not a readable safetensors file")
+        refused(path, "not a readable safetensors file" if length else "the file is empty")
         with pytest.raises(CheckpointError):
             read_header(path)
 
@@ -149,6 +149,27 @@ def test_bytes_that_are_something_else(tmp_path, content):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     refused(path, "not a readable safetensors file")
+
+
+@pytest.mark.parametrize("name", ["foreign.pth", "foreign.pt", "foreign.caffemodel"])
+def test_weights_of_other_projects_are_to_be_imported(tmp_path, name):
+    path = tmp_path / name
+    torch.save({"conv.weight": torch.zeros(2)}, path)
+    assert f"refinedet weights import {path}" in str(refused(path, "not a checkpoint of this tool").hint)
+
+
+def test_safetensors_of_another_project_are_to_be_imported(tmp_path):
+    path = tmp_path / "foreign.safetensors"
+    save_file({"conv.weight": torch.zeros(2)}, path)
+    assert f"refinedet weights import {path}" in str(refused(path, "but not a checkpoint of this tool").hint)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_missing(saved, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert refused(saved, "cannot be read: permission denied").hint == "change its permissions"
 
 
 def test_a_damaged_header_never_ends_in_a_traceback(tmp_path):

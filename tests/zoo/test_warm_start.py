@@ -345,6 +345,6 @@ def test_a_text_file_is_refused(tmp_path, name):
 
 
 def test_a_missing_file_and_a_folder(tmp_path):
-    for path in (tmp_path / "none.pth", tmp_path):
-        with pytest.raises(CheckpointError, match="there is no such file"):
+    for path, match in ((tmp_path / "none.pth", "there is no such file"), (tmp_path, "this is a folder")):
+        with pytest.raises(CheckpointError, match=match):
             read_tensors(path)

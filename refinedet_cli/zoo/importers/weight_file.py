@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from refinedet_cli.errors import CheckpointError
+from refinedet_cli.files import require_file
 from refinedet_cli.zoo.caffemodel import CaffeLayer, CaffeNet, read_caffemodel
 from refinedet_cli.zoo.checkpoint import FORMAT, file_sha256
 from refinedet_cli.zoo.torch_file import ARCHIVE, PICKLE, UnreadableFileError, is_plain, load_torch_file
@@ -53,8 +54,7 @@ def read_weight_file(path: Path) -> WeightFile:
         CheckpointError: there is no such file, it is damaged, or it holds something else. Weights of this tool itself
             are refused too: they need no import.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file", "name a .pth, .safetensors or .caffemodel file")
+    require_file(path, "name a .pth, .safetensors or .caffemodel file")
     if path.stat().st_size > _LARGEST:
         raise CheckpointError(f"{path}: larger than any detector, {path.stat().st_size / 1e9:.1f} GB")
     with path.open("rb") as file:
@@ -122,8 +122,6 @@ def _caffe(path: Path, start: bytes) -> CaffeNet:
     cure = "expected is a .pth of torch.save, a .safetensors or a .caffemodel"
     if start.startswith(_HDF5):
         raise CheckpointError(f"{path}: an HDF5 file, which is not read", "have Caffe save it as BINARYPROTO")
-    if not start:
-        raise UnreadableFileError(f"{path}: the file is empty", _GET_AGAIN)
     try:
         net = read_caffemodel(path)
     except CheckpointError:
