@@ -141,6 +141,8 @@ class _Search:
             self._insert("image", [FoundImage(path, path.name)])
 
     def _find(self, source: str) -> None:
+        if not source:  # As of a shell's variable that is not set; to pathlib it is the current folder.
+            raise DataError("a source is empty", "name a file or folder; . is the current one")
         path = Path(source)
         if re.match(r"[a-z][a-z0-9+.-]+://", source, re.IGNORECASE):
             raise DataError(f"{source} is an address; pictures are not downloaded", "save it as a file first")
@@ -159,7 +161,7 @@ class _Search:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{source!r} cannot be read: {reason}", "check the path and its permissions") from error
         if not glob.has_magic(source):
-            raise DataError(f"{source} does not exist", missing_cure(path) if source else "give a file or folder")
+            raise DataError(f"{source} does not exist", missing_cure(path))
         if not self._add_sorted(_match(source)):
             raise DataError(f"the pattern {source!r} matches no pictures", f"check it; {READABLE}")
 

@@ -41,6 +41,8 @@ def locate(source: str, root: Path | None, split: Split | None = None) -> Place:
     Raises:
         DataError: nothing of that name exists, or its annotations are not public.
     """
+    if not source:  # As of a shell's variable that is not set; to pathlib it is the current folder.
+        raise DataError("the name of a data set is empty", f"name a file or folder; {READ}")
     if _exists(source):
         return Place(Path(source))
     name, part = _parted(source)

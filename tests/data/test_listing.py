@@ -205,11 +205,12 @@ def test_a_link_above_the_folder_searches_nothing_else(tmp_path: Path) -> None:
     [
         ("gone.jpg", "does not exist"),
         ("empty", "holds no pictures"),
+        ("", "is empty"),
         ("*.gif", "matches no pictures"),
         ("https://example.org/a.jpg", "not downloaded"),
         ("n" * 300, "cannot be read"),
     ],
-    ids=["missing", "empty folder", "pattern", "address", "long"],
+    ids=["missing", "empty folder", "no name", "pattern", "address", "long"],
 )
 def test_source_without_pictures_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str

@@ -604,3 +604,10 @@ def test_coco_of_2014_alone_is_found(tmp_path: Path) -> None:
     assert (ids(data), data.name) == ([11], "coco/val2014")
     with pytest.raises(DataError, match="has no val part, only val2014"):
         open_dataset("coco", split="val", root=tmp_path)
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    annotate(tmp_path / "val.json")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="is empty"):
+        open_dataset("", split="val")
