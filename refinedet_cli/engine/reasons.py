@@ -41,7 +41,7 @@ ASPECTS = (
     Kind("3:2 to 3:1", 3 / 2, 3.0),
     Kind("wider than 3:1", 3.0, np.inf),
 )
-# Objects of a size from which their AP says something of it: below, one object more or less moves it by 5 % and more.
+# Objects of a size or class from which a figure says something of it: below, one more or less moves it by 5 % and more.
 _ENOUGH_OBJECTS = 20
 # Above every score: no detection of such a class is worth keeping.
 _NEVER = 2.0
@@ -212,7 +212,9 @@ def _confused(reasons: Reasons) -> Iterator[str]:
 
 
 def _thresholds(reasons: Reasons) -> Iterator[str]:
-    scores = [t.score for t in reasons.thresholds if t is not None]
+    pairs = zip(reasons.curves, reasons.thresholds, strict=True)
+    # With a few objects the best threshold is wherever one of them happens to be found.
+    scores = [t.score for curve, t in pairs if t is not None and curve.objects >= _ENOUGH_OBJECTS]
     if len(scores) > 1:
         yield (
             f"The score with the best F1 runs from {min(scores):.2f} to {max(scores):.2f} between classes, median "

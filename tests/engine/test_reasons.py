@@ -106,3 +106,14 @@ def test_perfect_detections_leave_nothing_to_mend():
     reasons = explained(picture(1, rows, [(row[0], 0.9, *row[1:]) for row in rows]))
     assert [k.count for k in reasons.errors.kinds] == [0] * 6
     assert not [f for f in reasons.findings if "lost" in f or "Hardly" in f]
+
+
+def test_best_thresholds_are_told_of_classes_with_enough_objects():
+    def of(label: int, count: int, score: float):
+        rows = [(label, 60.0 * i, 0, 60.0 * i + 50, 50) for i in range(count)]
+        return picture(label, rows, [(label, score, *row[1:]) for row in rows])
+
+    pictures = [of(1, 20, 0.9), of(2, 30, 0.4), of(3, 19, 0.1)]
+    findings = explained(*pictures, names=("cat", "dog", "cow")).findings
+    assert [f for f in findings if "runs from 0.40 to 0.90 between classes" in f]
+    assert not [f for f in explained(*pictures[1:], names=("cat", "dog", "cow")).findings if "best F1" in f]
