@@ -15,7 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from refinedet_cli.errors import CheckpointError, DataError
+from refinedet_cli.errors import CheckpointError, DataError, UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows has none; there, folders are not claimed.
+    fcntl = None  # type: ignore[assignment]
 
 # Failures of the file system that are no fault of the program that meets them.
 DISK_ERRNOS = frozenset(
@@ -244,6 +249,55 @@ def remove_leftovers(folder: Path) -> None:
     for path in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
         if _TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """Keep other processes that ask the same from a folder within the block.
+
+    Nothing outlives the process, however it ends, but an empty file that the next one takes over. A file system that
+    knows no locks refuses nobody, and neither does Windows.
+
+    Args:
+        folder: it exists.
+        name: of the file in it that is locked.
+
+    Raises:
+        UsageError: another process has it.
+        DataError: nothing can be written there.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = folder / name
+    with contextlib.ExitStack() as stack:
+        while True:
+            with placing(path):
+                file = path.open("ab")
+            stack.callback(file.close)
+            try:
+                # Not flock, whose locks processes that load pictures inherit and hold a little longer than this one.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    break
+                raise UsageError(
+                    f"{folder}: another process is writing there", "wait until it ends, or choose another folder"
+                ) from None
+            if _is_at(file, path):
+                break
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Tell whether a file that is open still has its name; who had it locked before may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

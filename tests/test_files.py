@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +17,8 @@ import torch
 
 from refinedet_cli import files
 from refinedet_cli.cli.app import main
-from refinedet_cli.errors import DataError
-from refinedet_cli.files import append_whole, remove_leftovers, sync_folder, whole_file, written_by_a_library
+from refinedet_cli.errors import DataError, UsageError
+from refinedet_cli.files import append_whole, claimed, remove_leftovers, sync_folder, whole_file, written_by_a_library
 
 
 @pytest.fixture
@@ -205,3 +207,82 @@ def test_a_new_file_has_the_usual_permissions(tmp_path):
     (tmp_path / "plain").write_bytes(b"")
     append_whole(tmp_path / "log", "x")
     assert stat.S_IMODE((tmp_path / "log").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+HOLDER = """
+import pathlib, sys
+from refinedet_cli.files import claimed
+with claimed(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has claimed the folder."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no such locks")
+class TestClaimed:
+    def test_a_second_process_is_refused_until_the_first_has_ended(self, tmp_path, held):
+        refused = pytest.raises(UsageError, match=f"^{tmp_path}: another process is writing there$")
+        with refused, claimed(tmp_path):
+            raise AssertionError("claimed twice")
+        held.communicate("")
+        assert not list(tmp_path.iterdir())
+        with claimed(tmp_path):
+            assert list(tmp_path.iterdir())
+
+    def test_a_process_that_was_killed_holds_nothing(self, tmp_path, held):
+        held.kill()
+        held.wait()
+        assert list(tmp_path.iterdir())
+        with claimed(tmp_path):
+            pass
+        assert not list(tmp_path.iterdir())
+
+    def test_another_name_is_another_claim(self, tmp_path, held):
+        with claimed(tmp_path, ".lock-1"):
+            pass
+
+    def test_a_file_that_was_removed_in_between_is_made_again(self, tmp_path, monkeypatch):
+        real, removed = files.fcntl.lockf, []
+
+        def lockf(file, flags):
+            real(file, flags)
+            if not removed:
+                removed.append((tmp_path / ".lock").unlink())
+
+        monkeypatch.setattr(files.fcntl, "lockf", lockf)
+        with claimed(tmp_path):
+            assert removed
+            assert (tmp_path / ".lock").exists()
+
+    def test_a_file_system_without_locks_refuses_nobody(self, tmp_path, monkeypatch):
+        def lockf(file, flags):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(files.fcntl, "lockf", lockf)
+        with claimed(tmp_path):
+            pass
+
+    @pytest.mark.parametrize("command", ["train", "detect"])
+    def test_commands_refuse_a_folder_that_another_process_writes(self, tmp_path, held, run, draw_squares, command):
+        (data := tmp_path / "data").mkdir()
+        document = draw_squares(data, [[1]] * 4, {1: ("red", (200, 30, 30))}, seed=0)
+        (data / "train.json").write_text(json.dumps(document))
+        train = ("train", "--data", data, "--val", "none", "--weights", "none", "--preset", "tiny", "--workers", 0)
+        call = {"train": (*train, "--batch", 4, "--epochs", 1), "detect": ("detect", data)}[command]
+        before = sorted(tmp_path.rglob("*"))
+        finished = run(*call, "--out", tmp_path)
+        assert finished.code == 2
+        assert f"{tmp_path}: another process is writing there" in finished.stderr
+        assert "choose another folder" in finished.stderr
+        assert sorted(tmp_path.rglob("*")) == before

@@ -189,6 +189,17 @@ def refinedet320_mobilenetv2(classes: Classes) -> Preset:
     )
 
 
+def refinedet512_mobilenetv2(classes: Classes) -> Preset:
+    """The light default on a larger input, for small objects; 2.6 times the work of a picture."""
+    base = refinedet320_mobilenetv2(classes)
+    detector = replace(
+        base.detector,
+        preset="refinedet512_mobilenetv2",
+        preprocess=replace(base.detector.preprocess, height=512, width=512),
+    )
+    return replace(base, detector=detector)
+
+
 def ssd300_anchors() -> AnchorConfig:
     """Default boxes of SSD300 for VOC, whose smallest is 30 px; the other sizes go evenly from 60 to 315 px.
 
@@ -299,6 +310,7 @@ def tiny(classes: Classes) -> Preset:
 
 PRESETS: dict[str, Callable[[Classes], Preset]] = {
     "refinedet320_mobilenetv2": refinedet320_mobilenetv2,
+    "refinedet512_mobilenetv2": refinedet512_mobilenetv2,
     "refinedet320_resnet18": refinedet320_resnet18,
     "refinedet320_resnet50": refinedet320_resnet50,
     "refinedet320_resnet101": refinedet320_resnet101,

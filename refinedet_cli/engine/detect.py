@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +37,7 @@ from refinedet_cli.engine.predict import AnyPredictor
 from refinedet_cli.engine.results import ClassCount, Origin, PictureRecord, detection_rows, origin_of
 from refinedet_cli.engine.stages import measured_by, no_clock, stage
 from refinedet_cli.errors import DataError
+from refinedet_cli.files import claimed
 
 
 class Images(Protocol):
@@ -182,7 +183,8 @@ def detect(
 
     Raises:
         UsageError: ``out`` is a file, or cannot be a folder; it holds an unfinished run, or, to resume, one of other
-            pictures, another detector or other options, or files that no run has written; a class is not known.
+            pictures, another detector or other options, or files that no run has written; another process writes there;
+            a class is not known.
         DataError: an output cannot be written, or the disk takes no more pictures.
         PartialError: from another process nothing came for long.
     """
@@ -216,7 +218,7 @@ def _detect(
     # What is drawn on, or cut, is needed in full.
     input_size = None if _writes_pictures(out, options) else predictor.input_size
     origin = origin_of(predictor, score_threshold=options.score, only_classes=kept, reduced=input_size is not None)
-    with _open_store(predictor, images, out, origin, options) as store:
+    with _claim(out, options.shard), _open_store(predictor, images, out, origin, options) as store:
         resumed = store.done
         done, wanted = _count(len(images), options, store)
         run = _Run(
@@ -257,12 +259,19 @@ def _writes_pictures(out: Path | None, options: DetectOptions) -> bool:
     return out is not None and (options.draw or options.crops)
 
 
+def _claim(out: Path | None, shard: Shard | None) -> AbstractContextManager[None]:
+    """Keep other runs from the folder, which is made where missing; processes of one run have a file each."""
+    if out is None:
+        return nullcontext()
+    make_folder(out)
+    return claimed(out, f".lock-{shard.rank}" if shard is not None and shard.rank else ".lock")
+
+
 def _open_store(
     predictor: AnyPredictor, images: Images, out: Path | None, origin: Origin, options: DetectOptions
 ) -> Store:
     if out is None:
         return InMemory(predictor.classes, options.shard, options.batch)
-    make_folder(out)
     key = RunKey.of(origin, predictor.config, images, annotated=options.draw, crops=options.crops)
     return OnDisk(
         out,

@@ -8,7 +8,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from refinedet_cli.engine.run_record import BEST_FILE, CONFIG_FILE, LAST_FILE, S
 from refinedet_cli.engine.run_state import RunState, load_state, save_state
 from refinedet_cli.engine.watch import HealthReport
 from refinedet_cli.errors import ConfigError
-from refinedet_cli.files import remove_leftovers
+from refinedet_cli.files import claimed, remove_leftovers
 from refinedet_cli.metrics.coco import CocoResult
 from refinedet_cli.zoo.checkpoint import LoadedDetector, save_checkpoint
 
@@ -207,10 +207,11 @@ def train(
         NonFiniteError: a step or the weights after it were not finite.
         DataError: a picture cannot be read.
         DeviceError: a process that loads pictures is lost.
+        UsageError: another process trains in ``options.out``.
     """
     run = _Run(detector, data, validation, config, options, on_progress)
     try:
-        with _loading_processes():
+        with run.claimed_folder(), _loading_processes():
             return run.run()
     except BaseException:
         run.folder.end("failed")
@@ -331,6 +332,17 @@ class _Run:
             processes=self.processes,
         )
 
+    @contextmanager
+    def claimed_folder(self) -> Iterator[None]:
+        """Keep other runs from the folder, which is made where missing."""
+        with ExitStack() as stack:
+            self.processes.from_first(lambda: self._claim_folder(stack))
+            yield
+
+    def _claim_folder(self, stack: ExitStack) -> None:
+        make_folder(self.options.out)
+        stack.enter_context(claimed(self.options.out))
+
     def run(self) -> TrainResult:
         self._refuse_differences()
         self.processes.from_first(self._prepare_folder)
@@ -415,7 +427,6 @@ class _Run:
                     )
 
     def _prepare_folder(self) -> None:
-        make_folder(self.options.out)
         remove_leftovers(self.options.out)
         if not self.options.resume:
             self._clear()
