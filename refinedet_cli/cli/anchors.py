@@ -118,7 +118,8 @@ def anchors(
     """See how well anchors cover the objects of your data, and find better ones.
 
     Objects and anchors are matched exactly as in training. It takes boxes alone; pictures are opened for --weights and
-    --visualize, and where some must be held out. The train part is looked at; DATA:PART names another. The search fits
+    --visualize, and where some must be held out. The train part is looked at; DATA:PART names another,
+    and several --dataset are joined. The search fits
     shapes to it, with no more anchors than now, and proposes them only if they win on pictures it has not seen: the val
     part, or 15 % held out. With --out, that folder gets anchors.toml for train --anchors, and the report as
     anchors.json.
@@ -135,8 +136,9 @@ def anchors(
         from refinedet_cli.engine.anchor_page import REPORT_NAME
 
         require_writable(out / REPORT_NAME)
+    source = " + ".join(dataset)
     options = StudyOptions(
-        dataset=dataset,
+        datasets=dataset,
         images=images,
         root=root,
         weights=on_disk(output, weights, offline=offline),
@@ -160,8 +162,8 @@ def anchors(
         study = study_anchors(options, show)
         for note in study.notes:
             output.note(note)
-        written = [] if out is None else _write(out, study, output, show, dataset, visualize=visualize)
-    output.result({**_document(study, dataset), "files": written}, *_renderables(study, dataset))
+        written = [] if out is None else _write(out, study, output, show, source, visualize=visualize)
+    output.result({**_document(study, source), "files": written}, *_renderables(study, source))
     if out is not None:
         output.note(f"wrote {_listed(written)}")
     if min_recall is not None and study.report.share < min_recall:

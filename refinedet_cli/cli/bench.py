@@ -26,7 +26,7 @@ from refinedet_cli.cli.options import (
     RootOpt,
     SplitOpt,
     refuse_file,
-    remark_on_split,
+    remarks_on_split,
 )
 from refinedet_cli.cli.output import SCHEMA_VERSION, Output
 from refinedet_cli.core.words import counted
@@ -57,11 +57,12 @@ def bench(
         ),
     ] = None,
     dataset: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--dataset",
             metavar="DATA",
-            help="Look at pictures of this data, and score on all of it. DATA as for eval; DATA:PART takes that part.",
+            help="Look at pictures of this data, and score on all of it. DATA as for eval; DATA:PART takes that part. "
+            "Repeat to join several.",
             show_default="pictures alone, and no accuracy",
             rich_help_panel=DATA,
         ),
@@ -132,13 +133,13 @@ def bench(
     from refinedet_cli.data.files import require_writable
     from refinedet_cli.engine.benchmark import BenchmarkOptions, ask, benchmark
 
-    if dataset is not None and (remark := remark_on_split(dataset, split, root)):
+    for remark in remarks_on_split(dataset or (), split, root):
         output.note(remark)
     if out is not None:
         require_writable(out / REPORT_NAME)
     options = BenchmarkOptions(
         detectors=tuple(_on_disk(output, asked, offline=offline) for asked in ask(weights or (), precision)),
-        dataset=dataset,
+        datasets=tuple(dataset or ()),
         split=split,
         images=images,
         root=root,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
@@ -35,7 +36,7 @@ from refinedet_cli.cli.options import (
     WeightsOpt,
     WorkersOpt,
     refuse_file,
-    remark_on_split,
+    remarks_on_split,
 )
 from refinedet_cli.cli.output import Output
 from refinedet_cli.cli.together import processes, together
@@ -168,7 +169,8 @@ def evaluate(
     """Measure a detector, or saved detections, on a data set with the COCO or a VOC metric.
 
     All detections above the detector's own threshold count, not only those that detect would draw. Classes are matched
-    by name; where the detector knows only some, only these are scored, and the result says so. With --out, that folder
+    by name; where the detector knows only some, only these are scored, and the result says so. Several --dataset are
+    joined. With --out, that folder
     gets metrics.json and, of a detector, detections.json: a COCO data set with scores, which leads pycocotools and
     --from to the same numbers.
 
@@ -199,14 +201,14 @@ def evaluate(
         raise UsageError(f"--report {report} is a folder", "name a file, such as report.html")
     asked = _Asked(metric, voc_pixels, voc_overlap, _rounds(bootstrap, compare), engine)
 
-    from refinedet_cli.data.source import find_splits, open_dataset
+    from refinedet_cli.data.source import find_splits, open_joined
 
     if download:
         _download(output, dataset, split, root)
-    data = open_dataset(dataset, split=split, images=images, root=root)
-    if remark := remark_on_split(dataset, split, root):
+    data = open_joined(dataset, split=split, images=images, root=root)
+    for remark in remarks_on_split(dataset, split, root):
         output.note(remark)
-    part = split if find_splits(dataset, root) else None
+    part = split if any(find_splits(name, root) for name in dataset) else None
 
     if saved is not None and not processes().first:
         return
@@ -230,7 +232,7 @@ def evaluate(
         return
     with output.progress("Computing numbers") as bars:
         bars.add_task("", total=None)
-        measured = _measure((dataset, part, data), asked, found, other)
+        measured = _measure((" + ".join(dataset), part, data), asked, found, other)
     reasons = None if report is None else write_page(output, measured, report)
     _report(output, measured, out, report, reasons)
 
@@ -412,15 +414,19 @@ def _intervals(asked: _Asked, found: _Found, other: _Saved | None) -> tuple[Esti
     return estimates(rounds), Comparison(other.file, estimates(others), differences(rounds, others))
 
 
-def _download(output: Output, dataset: str, split: str, root: Path | None) -> None:
-    """Fetch a public data set with a bar for each archive."""
+def _download(output: Output, datasets: Sequence[str], split: str, root: Path | None) -> None:
+    """Fetch public data sets with a bar for each archive."""
     from refinedet_cli.data.public import PUBLIC_SETS, Archive, fetch_public
 
-    name, _, part = dataset.partition(":")
-    if name.lower() not in PUBLIC_SETS:
-        raise UsageError(
-            f"--download does not know {dataset}", f"it fetches {', '.join(PUBLIC_SETS)}; leave it out for other data"
-        )
+    wanted = []
+    for dataset in datasets:
+        name, _, part = dataset.partition(":")
+        if name.lower() not in PUBLIC_SETS:
+            raise UsageError(
+                f"--download does not know {dataset}",
+                f"it fetches {', '.join(PUBLIC_SETS)}; leave it out for other data",
+            )
+        wanted.append((name.lower(), part or split))
     with output.progress("Downloading") as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -429,7 +435,7 @@ def _download(output: Output, dataset: str, split: str, root: Path | None) -> No
                 tasks[archive.name] = bars.add_task(archive.name, total=archive.size)
             bars.update(tasks[archive.name], completed=done)
 
-        fetched = fetch_public(name.lower(), part or split, show, root)
+        fetched = [archive for name, part in wanted for archive in fetch_public(name, part, show, root)]
     for archive in fetched:
         output.note(f"downloaded and unpacked {archive}")
 

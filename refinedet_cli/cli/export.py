@@ -24,8 +24,7 @@ from refinedet_cli.cli.options import (
     SplitOpt,
     WeightsOpt,
     out_folder,
-    refuse_twice,
-    remark_on_split,
+    remarks_on_split,
 )
 from refinedet_cli.cli.output import Output
 from refinedet_cli.core.presets import POSTPROCESS_PRESETS
@@ -103,12 +102,11 @@ def export(
         ),
     ] = None,
     dataset: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--dataset",
-            callback=refuse_twice("--dataset"),
             metavar="DATA",
-            help="Annotated pictures to prove the file on: the change of AP counts too.",
+            help="Annotated pictures to prove the file on: the change of AP counts too. Repeat to join several.",
             show_default=False,
             rich_help_panel=PROOF,
         ),
@@ -221,16 +219,15 @@ def _refuse_with_check(given: dict[str, object]) -> None:
 
 
 def _open(
-    output: Output, dataset: str | None, split: SplitName, images: Path | None, root: Path | None
+    output: Output, datasets: list[str] | None, split: SplitName, images: Path | None, root: Path | None
 ) -> Dataset | None:
-    if dataset is None:
+    if datasets is None:
         return None
-    from refinedet_cli.data.source import open_dataset
+    from refinedet_cli.data.source import open_joined
 
-    opened = open_dataset(dataset, split=split, images=images, root=root)
-    for note in (remark_on_split(dataset, split, root), *opened.notes):
-        if note is not None:
-            output.note(note)
+    opened = open_joined(datasets, split=split, images=images, root=root)
+    for note in (*remarks_on_split(datasets, split, root), *opened.notes):
+        output.note(note)
     return opened
 
 

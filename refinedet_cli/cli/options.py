@@ -8,7 +8,7 @@ Paths are not checked here: who opens a file says what is wrong with it, with th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -44,44 +44,30 @@ def refuse_file(out: Path | None) -> None:
         raise UsageError(f"--out {out} is a file", "name a folder")
 
 
-def remark_on_split(source: str, split: SplitName, root: Path | None) -> str | None:
-    """Say that --split was given and chooses nothing.
+def remarks_on_split(sources: Sequence[str], split: SplitName, root: Path | None) -> list[str]:
+    """Say where --split was given and chooses nothing.
 
     Args:
-        source: what --dataset names.
+        sources: what --dataset names.
         split: the part that --split names, given or not.
         root: as given with --root.
 
     Raises:
-        UsageError: the source names another part.
-        DataError: it does not exist, or is of a format that is not read.
+        UsageError: a source names another part.
+        DataError: one does not exist, or is of a format that is not read.
     """
     if not any(argument.split("=")[0] == "--split" for argument in current_invocation().arguments):
-        return None
+        return []
     from refinedet_cli.data.source import describe_source
 
-    described = describe_source(source, root)
-    if described.part is not None and described.part != split:
-        raise UsageError(f"--split {split} contradicts {source}, which names the part", "leave one of the two out")
-    if described.part is None and not described.splits:
-        return f"--split {split} chooses nothing: {source} has no parts, and all of it is taken"
-    return None
-
-
-def refuse_twice(option: str) -> Callable[[str | None], str | None]:
-    """Make the callback of an option of which the last one would silently win.
-
-    Args:
-        option: its name.
-    """
-
-    def check(value: str | None) -> str | None:
-        given = [argument for argument in current_invocation().arguments if argument.split("=")[0] == option]
-        if len(given) > 1:
-            raise UsageError(f"{option} is given {len(given)} times", "give it once: only train joins data")
-        return value
-
-    return check
+    remarks = []
+    for source in sources:
+        described = describe_source(source, root)
+        if described.part is not None and described.part != split:
+            raise UsageError(f"--split {split} contradicts {source}, which names the part", "leave one of the two out")
+        if described.part is None and not described.splits:
+            remarks.append(f"--split {split} chooses nothing: {source} has no parts, and all of it is taken")
+    return remarks
 
 
 def read_folder(text: str) -> Path:
@@ -280,13 +266,12 @@ DataArg = Annotated[
 ]
 # required
 DatasetOpt = Annotated[
-    str,
+    list[str],
     typer.Option(
         "--dataset",
-        callback=refuse_twice("--dataset"),
         metavar="DATA",
         help="A COCO JSON, a folder with splits, a VOC folder, a YOLO data.yaml, or coco, voc2007, voc2012; "
-        "DATA:PART takes that part, as coco:val2014.",
+        "DATA:PART takes that part, as voc2007:trainval. Repeat to join several.",
         show_default=False,
         rich_help_panel=DATA,
     ),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from refinedet_cli.core.words import counted
-from refinedet_cli.data.dataset import Dataset, Split
+from refinedet_cli.data.dataset import Dataset, Split, join
 from refinedet_cli.data.images import open_regular
 from refinedet_cli.data.kinds import Format, recognise
 from refinedet_cli.data.locate import locate
@@ -35,6 +36,13 @@ def open_dataset(source: str, *, split: Split, images: Path | None = None, root:
     """
     place = locate(source, root, split)
     return recognise(place, root).open(place.part or split, images, named=place.part is not None)
+
+
+def open_joined(
+    sources: Sequence[str], *, split: Split, images: Path | None = None, root: Path | None = None
+) -> Dataset:
+    """Open one part of several data sets, as `open_dataset` does each, and join them."""
+    return join([open_dataset(source, split=split, images=images, root=root) for source in sources])
 
 
 def find_splits(source: str, root: Path | None = None) -> tuple[Split, ...]:

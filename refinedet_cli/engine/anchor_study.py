@@ -15,7 +15,7 @@ from refinedet_cli.core.anchors import level_sizes
 from refinedet_cli.core.config import AnchorConfig, DetectorConfig, TrainConfig
 from refinedet_cli.core.words import counted
 from refinedet_cli.data.dataset import Dataset, Record, remap
-from refinedet_cli.data.source import find_splits, hold_out, open_dataset
+from refinedet_cli.data.source import find_splits, hold_out, open_joined
 from refinedet_cli.engine.anchor_refinement import Refinement, measure_refinement
 from refinedet_cli.engine.anchors import AnchorReport, Objects, explain, gather, percent, report_anchors
 from refinedet_cli.engine.device import DeviceName, select_device
@@ -37,12 +37,13 @@ class StudyOptions:
     """What is asked for; the names are those of the command's options.
 
     Attributes:
+        datasets: joined where they are several.
         weights: None for anchors without a network.
         pictures: that the network looks at.
         seed: None for that of the config.
     """
 
-    dataset: str
+    datasets: Sequence[str]
     images: Path | None = None
     root: Path | None = None
     weights: str | None = None
@@ -196,7 +197,7 @@ def study_anchors(options: StudyOptions, on_progress: Callable[[StudyProgress], 
         UsageError, ConfigError, DataError, CheckpointError, DeviceError: as the parts raise them.
     """
     on_progress(StudyProgress("reading annotations"))
-    dataset = open_dataset(options.dataset, split="train", images=options.images, root=options.root)
+    dataset = open_joined(options.datasets, split="train", images=options.images, root=options.root)
     loaded = None if options.weights is None else load_detector(resolve_weights(options.weights))
     if loaded is None:
         file = read_run_file(options.config)
@@ -282,7 +283,7 @@ def _search(
     objects: Objects, dataset: Dataset, detector: DetectorConfig, report: AnchorReport, options: StudyOptions, seed: int
 ) -> _Searched:
     """Search, or say in one line why there can be no search."""
-    parts = part_data(dataset, options.dataset, images=options.images, root=options.root, seed=seed)
+    parts = part_data(dataset, options.datasets, images=options.images, root=options.root, seed=seed)
     if parts is None:
         return _Searched(None, None, ["no search for better anchors: there is no second picture to judge them by"])
     usable = [part for part in (parts.fitted, parts.held_out) if any((~r.crowd).any() for r in part.records)]
@@ -368,15 +369,17 @@ def _at_cost(look: Look) -> str:
     return f"{percent(look.now)} at {look.cost:.2g} times the cost"
 
 
-def part_data(dataset: Dataset, source: str, *, images: Path | None, root: Path | None, seed: int) -> Parts | None:
-    """Find pictures to judge anchors by: the data's own val part, or some held out.
+def part_data(
+    dataset: Dataset, sources: Sequence[str], *, images: Path | None, root: Path | None, seed: int
+) -> Parts | None:
+    """Find pictures to judge anchors by: the val parts that the data has of its own, or some held out.
 
     They are held out by the content of their files, as training does, where these are on disk, and by their names where
     they are not.
 
     Args:
-        dataset: what was opened of the source.
-        source: as the user named it.
+        dataset: what was opened of the sources.
+        sources: as the user named them.
         images: folder of the pictures, as the user named it.
         root: of known data sets.
         seed: of the choice.
@@ -387,8 +390,9 @@ def part_data(dataset: Dataset, source: str, *, images: Path | None, root: Path 
     Raises:
         DataError: a picture cannot be read, or the val part shares no class.
     """
-    if "val" in find_splits(source, root=root):
-        held_out = remap(open_dataset(source, split="val", images=images, root=root), dataset.classes)
+    parted = [source for source in sources if "val" in find_splits(source, root=root)]
+    if parted:
+        held_out = remap(open_joined(parted, split="val", images=images, root=root), dataset.classes)
         return Parts(dataset, held_out, f"those of {held_out.name}", held_out.notes)
     if len({record.file_name for record in dataset.records}) < 2:
         return None

@@ -27,7 +27,7 @@ from refinedet_cli.core.words import counted
 from refinedet_cli.data.dataset import Dataset, remap
 from refinedet_cli.data.images import read_image
 from refinedet_cli.data.listing import find_images
-from refinedet_cli.data.source import find_splits, open_dataset
+from refinedet_cli.data.source import find_splits, open_joined
 from refinedet_cli.engine.benchmark_worker import Accuracy, Memory, Opened, Opening, RemoteSubject, RunTime
 from refinedet_cli.engine.cores import usable_cores
 from refinedet_cli.errors import DataError, UsageError
@@ -73,7 +73,7 @@ class BenchmarkOptions:
 
     Attributes:
         detectors: at least one; the others are compared with the first.
-        dataset, split, images, root: data to look at and to score on, as `data.source.open_dataset` takes them.
+        datasets, split, images, root: data to look at and to score on, as `data.source.open_joined` takes them.
         sources: pictures to look at where there is no data set.
         device: where to compute.
         batch: pictures computed together.
@@ -82,7 +82,7 @@ class BenchmarkOptions:
     """
 
     detectors: tuple[Asked, ...]
-    dataset: str | None = None
+    datasets: tuple[str, ...] = ()
     split: Literal["train", "val", "test"] = "val"
     images: Path | None = None
     root: Path | None = None
@@ -464,16 +464,16 @@ def take_turns(
 
 def _pictures(options: BenchmarkOptions, folder: Path) -> Pictures:
     """Find what is to be looked at, and read it once, so that nobody pays for a disk that is slow the first time."""
-    if options.dataset is not None and options.sources:
+    if options.datasets and options.sources:
         raise UsageError("pictures are named twice, by --dataset and by --source", "leave one of them out")
     kind: Literal["dataset", "pictures", "drawn"] = "drawn"
     source, part, dataset = "", None, None
-    if options.dataset is not None:
-        kind, source = "dataset", options.dataset
-        dataset = open_dataset(source, split=options.split, images=options.images, root=options.root)
+    if options.datasets:
+        kind, source = "dataset", " + ".join(options.datasets)
+        dataset = open_joined(options.datasets, split=options.split, images=options.images, root=options.root)
         if not dataset.records:
             raise DataError(f"{dataset.name} has no pictures to score", "name another data set or split")
-        part = options.split if find_splits(source, options.root) else None
+        part = options.split if any(find_splits(name, options.root) for name in options.datasets) else None
         paths = [record.path for record in dataset.records]
     elif options.sources:
         kind, source = "pictures", ", ".join(options.sources)

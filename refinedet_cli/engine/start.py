@@ -30,7 +30,7 @@ from refinedet_cli.engine.warm_start_notes import explain, parts_line
 from refinedet_cli.errors import CheckpointError, ConfigError, UsageError
 from refinedet_cli.zoo.backbone_weights import BackboneFile, load_backbone
 from refinedet_cli.zoo.checkpoint import load_detector, read_header
-from refinedet_cli.zoo.hub import resolve_weights
+from refinedet_cli.zoo.hub import bundled_for, is_bundled, resolve_weights
 from refinedet_cli.zoo.warm_start import WarmStart, copy_detector
 
 NO_WEIGHTS = "none"
@@ -111,12 +111,14 @@ def _wanted_input(file: BackboneFile, config: PreprocessConfig) -> PreprocessCon
 def _preset_of(weights: str | None, classes: Classes) -> Preset:
     """Take the detector of the weights, whatever was set for it, with the recipe of its preset.
 
-    That of the bundled weights is the preset's own, named or not: they were trained in other ways, one after the other.
+    That of bundled weights is the preset's own, named or not: they were trained in other ways, one after the other.
     """
-    if weights == NO_WEIGHTS or (path := resolve_weights(weights)) == resolve_weights(None):
+    if weights == NO_WEIGHTS:
         return get_preset(DEFAULT_PRESET, classes)
+    path = resolve_weights(weights)
     config, _ = read_header(path)
-    return replace(get_preset(config.preset, classes), detector=replace(config, classes=classes))
+    preset = get_preset(config.preset, classes)
+    return preset if is_bundled(path) else replace(preset, detector=replace(config, classes=classes))
 
 
 def _flat(pairs: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
@@ -198,8 +200,8 @@ def start_detector(config: DetectorConfig, *, weights: str | None, backbone: Bac
 
     Args:
         config: of the detector to train.
-        weights: None for the bundled default, "none" for a random start, else a detector's file or bundled name. Class
-            outputs are taken over by class name.
+        weights: None for the bundled ones of this preset, else the default; "none" for a random start; else a
+            detector's file or bundled name. Class outputs are taken over by class name.
         backbone: ImageNet weights to load instead.
         seed: of the weights that are drawn.
 
@@ -216,7 +218,7 @@ def start_detector(config: DetectorConfig, *, weights: str | None, backbone: Bac
         return _backbone_start(detector, backbone)
     if weights == NO_WEIGHTS:
         return Start(detector, ("start: random weights",), {"random": True})
-    return _warm_start(detector, resolve_weights(weights))
+    return _warm_start(detector, resolve_weights(bundled_for(config.preset) if weights is None else weights))
 
 
 def _backbone_start(detector: Detector, file: BackboneFile) -> Start:

@@ -11,9 +11,9 @@ from typing import Any
 from refinedet_cli.core.config import to_dict
 from refinedet_cli.core.presets import Preset
 from refinedet_cli.core.words import counted
-from refinedet_cli.data.dataset import Dataset, join, listed, match_classes, remap
+from refinedet_cli.data.dataset import Dataset, listed, match_classes, remap
 from refinedet_cli.data.loading import PREFETCHED
-from refinedet_cli.data.source import find_splits, hold_out, open_dataset
+from refinedet_cli.data.source import find_splits, hold_out, open_joined
 from refinedet_cli.engine import batch_size
 from refinedet_cli.engine.cores import usable_cores
 from refinedet_cli.engine.device import DeviceName, describe_device, select_device, select_precision
@@ -179,7 +179,7 @@ def prepare(
         raise UsageError("--batch auto tries out one process alone", "with torchrun, name the pictures of a step")
     run_file = read_run_file(config)
     wanted = _choose(run_file, data, val, images, root, weights, backbone_weights)
-    training = join([open_dataset(s, split="train", images=wanted.images, root=wanted.root) for s in wanted.data])
+    training = open_joined(wanted.data, split="train", images=wanted.images, root=wanted.root)
     if not any(len(r.boxes) for r in training.records):
         raise DataError(f"{training.name}: no picture has an object to learn", "check the annotations")
     resolved, backbone = _resolve(training, preset, wanted, run_file, settings)
@@ -311,7 +311,7 @@ def _part(training: Dataset, wanted: _Wanted, seed: int) -> tuple[Dataset, Datas
         rest, held_out = hold_out(training, fraction=HELD_OUT, seed=seed)
         held = counted(len(held_out.records), "picture")
         return rest, held_out, [f"validation: {held} held out of {training.name}; --val names other data"]
-    found = join([open_dataset(s, split="val", images=wanted.images, root=wanted.root) for s in sources])
+    found = open_joined(sources, split="val", images=wanted.images, root=wanted.root)
     if not match_classes(training.classes, found.classes).shared:
         raise DataError(
             f"the validation data {found.name} shares no class with the training data {training.name}: it has "

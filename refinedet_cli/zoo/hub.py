@@ -74,6 +74,16 @@ def read_manifest() -> dict[str, dict[str, Any]]:
         return tomllib.load(file)
 
 
+def bundled_for(preset: str) -> str:
+    """Name the bundled weights that a detector of a preset starts from: its own where there are some."""
+    return preset if preset in read_manifest() else DEFAULT_WEIGHTS
+
+
+def is_bundled(path: Path) -> bool:
+    """Tell whether a file, as `resolve_weights` found it, is one of the bundled ones."""
+    return path in {weights_folder() / entry["file"] for entry in read_manifest().values()}
+
+
 def resolve_weights(name: str | None) -> Path:
     """Find weights: on this disk first, and on the Hub only where nothing here has that name.
 

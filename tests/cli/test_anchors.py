@@ -107,6 +107,15 @@ def test_tables_and_document_agree(anchors: Run, data: Path) -> None:
     assert document["files"] == []
 
 
+def test_several_data_sets_are_one(anchors: Run, data: Path, pictured: Path) -> None:
+    document = anchors(data, "--dataset", pictured, "--json").document()
+    assert document["dataset"]["source"] == f"{data} + {pictured}"
+    assert (document["dataset"]["pictures"], document["dataset"]["objects"]) == (43, 124)
+    # As in training, the pictures that judge are the val parts of those that have one.
+    assert document["search"]["held_out"].startswith("those of ")
+    assert document["search"]["held_out_before"]["objects"] == 61
+
+
 def test_the_search_can_be_left_out(anchors: Run, data: Path, tmp_path: Path) -> None:
     code, stdout, _ = anchors(data, "--no-search", "--out", tmp_path, "--json")
     assert code == 0

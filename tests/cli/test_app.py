@@ -360,9 +360,3 @@ def test_a_group_alone_shows_its_help_and_is_no_success(run, group):
     code, stdout, stderr = run(group)
     assert (code, stderr) == (2, "")
     assert f"refinedet {group} [OPTIONS] COMMAND" in stdout
-
-
-@pytest.mark.parametrize("command", ["eval", "anchors", "export"])
-def test_data_that_would_be_passed_over_are_refused(run, command):
-    code, _, stderr = run(command, "--dataset", "a", "--dataset=b", "--out", "out")
-    assert (code, "--dataset is given 2 times" in stderr) == (2, True)

@@ -96,6 +96,12 @@ def test_tables_and_document_agree(bench, weights, dataset, tmp_path):
     assert percentile(times, 90) == pytest.approx(second["in_memory"]["p90_ms"])
 
 
+def test_several_data_sets_are_one(bench, weights, dataset):
+    document = bench(weights, "--dataset", dataset, "--dataset", dataset, "--json").document()
+    assert document["pictures"]["source"] == f"{dataset} + {dataset}"
+    assert (document["pictures"]["timed"], document["pictures"]["scored"]) == (6, 6)
+
+
 def test_one_detector_on_pictures_alone(bench, weights, dataset):
     code, stdout, _ = bench(weights, "--source", dataset.parent, "--batch", 2, "--threads", 1)
     assert code == 0
@@ -189,4 +195,4 @@ def test_the_default_is_the_bundled_detector_on_drawn_pictures(run, monkeypatch)
     (options,) = seen
     (asked,) = options.detectors
     assert (asked.name, Path(asked.weights).name) == (DEFAULT_PRESET, f"{DEFAULT_PRESET}.safetensors")
-    assert (options.dataset, options.sources, options.batch, options.threads) == (None, (), 1, None)
+    assert (options.datasets, options.sources, options.batch, options.threads) == ((), (), 1, None)

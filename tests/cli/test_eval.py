@@ -170,6 +170,17 @@ def test_batch_and_workers_do_not_change_the_numbers(evaluate: Run, data: Path) 
     assert one["classes"] == other["classes"]
 
 
+def test_several_data_sets_are_one(evaluate: Run, data: Path) -> None:
+    alone = of_json(evaluate(data, "--json"))
+    both = evaluate(data, "--dataset", f"{data}:test", "--json").document()
+    assert both["dataset"]["source"] == f"{data} + {data}:test"
+    counts = ("pictures", "objects")
+    assert [both["dataset"][key] - alone["dataset"][key] for key in counts] == [1, 0]
+    # What is found on a picture without objects can only be wrong.
+    assert 0 < both["metrics"]["AP"] < alone["metrics"]["AP"]
+    assert both["metrics"]["AR100"] == alone["metrics"]["AR100"]
+
+
 def test_split_of_a_folder(evaluate: Run, data: Path) -> None:
     assert f"{data}, split test: 1 picture, 0 objects" in evaluate(data, "--split", "test").stdout
     document = json.loads(evaluate(data, "--split", "test", "--json").stdout)

@@ -67,7 +67,7 @@ def written(weights, photos, data, tmp_path_factory) -> tuple[Path, dict, str]:
         patch.setattr(sys, "stderr", io.StringIO())
         code = main([
             "export", "--weights", str(weights), "--out", str(out), "--dynamic-batch", "--json",
-            "--verify", str(photos), "--dataset", str(data),
+            "--verify", str(photos), "--dataset", str(data), "--dataset", str(data),
         ])  # fmt: skip
         stdout, stderr = sys.stdout.getvalue(), sys.stderr.getvalue()
     assert code == 0, stderr
@@ -109,7 +109,7 @@ def test_the_document(written):
     assert agreement.keys() == {
         "pictures", "boxes", "unmatched", "ties", "least_iou", "box_shift", "score_shift", "worst",
     }  # fmt: skip
-    assert agreement["pictures"] == 3 + 3 + 4  # of --dataset, of --verify, and the odd ones
+    assert agreement["pictures"] == 2 * 3 + 3 + 4  # of both --dataset, of --verify, and the odd ones
     assert agreement["boxes"] > 100
     assert agreement["unmatched"] == 0
     assert document["tolerance"].keys() == {"above", "iou", "score", "unmatched", "ap"}

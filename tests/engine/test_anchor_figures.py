@@ -193,7 +193,7 @@ def test_the_page_needs_nothing_else_and_shows_names_as_they_are(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("refinedet_cli.engine.charts.DPI", 40)
-    options = StudyOptions(dataset=str(folder / "pets.json"), preset="tiny", budget=85)
+    options = StudyOptions(datasets=[str(folder / "pets.json")], preset="tiny", budget=85)
     study = study_anchors(options, lambda progress: None)
     written, pictures = write_gallery(tmp_path, study, lambda doing: None)
     assert pictures == 4
@@ -212,7 +212,7 @@ def test_the_page_needs_nothing_else_and_shows_names_as_they_are(
 
 
 def test_the_page_can_do_without_pictures_and_search(folder: Path) -> None:
-    options = StudyOptions(dataset=str(folder / "pets.json"), preset="tiny", search=False)
+    options = StudyOptions(datasets=[str(folder / "pets.json")], preset="tiny", search=False)
     study = study_anchors(options, lambda progress: None)
     page = render_page(study, [], [])
     assert "On pictures of the data" not in page

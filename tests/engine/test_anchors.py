@@ -390,17 +390,17 @@ def test_the_judging_pictures_are_the_val_part_or_held_out(tmp_path: Path, on_di
     write_coco(tmp_path, random_dataset(3, seed=2), "val.json")
     options = {"images": None, "root": None, "seed": 0}
     train = open_dataset(str(tmp_path), split="train")
-    own = part_data(train, str(tmp_path), **options)
+    own = part_data(train, [str(tmp_path)], **options)
     assert own is not None
     assert [len(own.fitted), len(own.held_out)] == [5, 3]
-    alone = part_data(train, str(tmp_path / "train.json"), **options)
+    alone = part_data(train, [str(tmp_path / "train.json")], **options)
     assert alone is not None
     assert "by name" in alone.how
-    present = part_data(on_disk, str(on_disk.records[0].path.parent / "pets.json"), **options)
+    present = part_data(on_disk, [str(on_disk.records[0].path.parent / "pets.json")], **options)
     assert present is not None
     assert "by content" in present.how
     single = write_coco(tmp_path, dataset(record([[1, 1, 9, 9]])), "one.json")
-    assert part_data(open_dataset(str(single), split="train"), str(single), **options) is None
+    assert part_data(open_dataset(str(single), split="train"), [str(single)], **options) is None
 
 
 @pytest.fixture
@@ -409,7 +409,7 @@ def absent(tmp_path: Path) -> Path:
 
 
 def study(path: Path, **options):
-    return study_anchors(StudyOptions(dataset=str(path), preset="tiny", **options), lambda progress: None)
+    return study_anchors(StudyOptions(datasets=[str(path)], preset="tiny", **options), lambda progress: None)
 
 
 def test_a_study_opens_no_picture_and_proposes_what_wins(absent: Path) -> None:
@@ -459,7 +459,7 @@ def test_weights_decide_anchors_and_input(on_disk: Dataset, tmp_path: Path) -> N
     save_checkpoint(path, config, build(config).network.state_dict(), {})
     source = on_disk.records[0].path.parent / "pets.json"
     found = study_anchors(
-        StudyOptions(dataset=str(source), weights=str(path), search=False, device="cpu"), lambda progress: None
+        StudyOptions(datasets=[str(source)], weights=str(path), search=False, device="cpu"), lambda progress: None
     )
     assert found.detector.anchors == anchors
     assert found.detector.classes.names == CLASSES.names

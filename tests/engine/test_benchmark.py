@@ -350,7 +350,7 @@ def test_accuracies_are_compared_only_over_the_same_classes(dataset):
         "b": accuracy(0.25, None, "dog", "cat"),
         "c": accuracy(0.75, 1.0, "cat"),
     }
-    asked = BenchmarkOptions(detectors=ask("abc", None), dataset=str(dataset), runs=1)
+    asked = BenchmarkOptions(detectors=ask("abc", None), datasets=(str(dataset),), runs=1)
     result = benchmark(asked, start=starting([], **found))
     assert [(c.ap, c.ap50) for c in result.changes[1:]] == [(-0.25, None), (None, None)]
     assert sum("by the way" in note for note in result.notes) == 1
@@ -362,7 +362,7 @@ def test_data_without_a_shared_class_is_refused_before_the_clock_starts(dataset)
     text = dataset.read_text().replace('"cat"', '"red cell"').replace('"dog"', '"white cell"')
     dataset.write_text(text)
     log = []
-    asked = BenchmarkOptions(detectors=ask("a", None), dataset=str(dataset), runs=1)
+    asked = BenchmarkOptions(detectors=ask("a", None), datasets=(str(dataset),), runs=1)
     result = benchmark(asked, start=starting(log))
     assert isinstance(result.failed[0].error, DataError)
     assert ("a", "time") not in log
@@ -370,7 +370,7 @@ def test_data_without_a_shared_class_is_refused_before_the_clock_starts(dataset)
 
 def test_pictures_are_named_once(pictures, dataset):
     with pytest.raises(UsageError, match="--dataset and by --source"):
-        benchmark(options(pictures, "a", dataset=str(dataset)), start=starting([]))
+        benchmark(options(pictures, "a", datasets=(str(dataset),)), start=starting([]))
 
 
 def test_a_picture_that_cannot_be_read_is_told_before_anything_is_loaded(pictures):

@@ -18,6 +18,7 @@ from refinedet_cli.engine import start
 from refinedet_cli.engine.run_file import RunFile, read_run_file
 from refinedet_cli.engine.start import resolve_config, start_detector
 from refinedet_cli.errors import CheckpointError, ConfigError, UsageError
+from refinedet_cli.zoo import hub
 from refinedet_cli.zoo.backbone_weights import BackboneFile, find_backbone_weights
 from refinedet_cli.zoo.checkpoint import file_sha256, read_header, save_checkpoint
 from refinedet_cli.zoo.hub import resolve_weights
@@ -404,7 +405,10 @@ def test_none_given_means_the_bundled_weights(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(start, "resolve_weights", lambda name: asked.append(name) or path)
     assert begin(config_of(), weights=None).origin["weights"] == "bundled.safetensors"
-    assert asked == [None]
+    assert asked == [DEFAULT_PRESET]
+    monkeypatch.setattr(hub, "read_manifest", lambda: {"tiny": {}, DEFAULT_PRESET: {}})
+    begin(config_of(), weights=None)
+    assert asked[1:] == ["tiny"]
 
 
 def imagenet(path: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
