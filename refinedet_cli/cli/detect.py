@@ -18,7 +18,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from refinedet_cli.cli.detect_video import detect_videos, video_in_folder, videos_of
+from refinedet_cli.cli.detect_video import PassedOver, detect_videos, videos_of
 from refinedet_cli.cli.downloads import on_disk
 from refinedet_cli.cli.fitted_table import FittedTable
 from refinedet_cli.cli.options import (
@@ -162,7 +162,12 @@ def detect(
         detect_videos(output, found_by, videos, out, score=score, batch=batch, draw=not no_draw)
         return
     written = [out / name for name in _PICTURE_FOLDERS] if out is not None else []
-    with _listed(sources, b"\0" if null else b"\n", written) as images:
+    videos_passed = PassedOver()
+    with _listed(sources, b"\0" if null else b"\n", written, videos_passed) as images:
+        if videos_passed.count:
+            output.note(
+                f"passed over {counted(videos_passed.count, 'video')}: {videos_passed.cure}, in a run of their own"
+            )
         if images.left_out:
             output.note(f"left out {counted(images.left_out, 'picture')} that an earlier run has written into {out}")
 
@@ -237,18 +242,18 @@ def _check_options(sources: Sequence[str], out: Path | None, *, null: bool, aske
 
 
 @contextmanager
-def _listed(sources: Sequence[str], end: bytes, leave_out: Sequence[Path]) -> Iterator[ImageList]:
+def _listed(sources: Sequence[str], end: bytes, leave_out: Sequence[Path], videos: PassedOver) -> Iterator[ImageList]:
     """List the pictures; where there are none but videos, say how to name these."""
     from refinedet_cli.data.listing import list_images
 
     with ExitStack() as stack:
         try:
-            images = stack.enter_context(list_images(_named(sources, end), leave_out=leave_out))
+            listing = list_images(_named(sources, end), leave_out=leave_out, on_other=videos)
+            images = stack.enter_context(listing)
         except DataError as error:
-            if (video := video_in_folder(sources)) is None:
+            if not videos.count:
                 raise
-            cure = f"of a folder only pictures are taken; name its videos: {video}, or {video.with_stem('*')} for all"
-            raise DataError(error.message, cure) from error
+            raise DataError(error.message, videos.cure) from error
         yield images
 
 

@@ -37,16 +37,34 @@ def videos_of(sources: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(path for video in videos for path in expand_pattern(video)))
 
 
-def video_in_folder(sources: Sequence[str]) -> Path | None:
-    """Find a video in one of the folders that were named; None where there is none."""
-    from refinedet_cli.engine.video_files import is_video_name
+class PassedOver:
+    """Takes notice of videos in folders of which only the pictures are taken.
 
-    for source in sources:
-        for folder, _, names in os.walk(source):
-            for name in sorted(names):
-                if is_video_name(name):
-                    return Path(folder, name)
-    return None
+    Attributes:
+        count: of the videos.
+        first: of them by name; None where there is none.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: Path | None = None
+
+    def __call__(self, path: str) -> None:
+        """Look at a file that is no picture."""
+        from refinedet_cli.engine.video_files import is_video_name
+
+        file = Path(path)
+        if is_video_name(file.name):
+            self.count += 1
+            self.first = file if self.first is None else min(self.first, file)
+
+    @property
+    def cure(self) -> str:
+        """How to name them; empty where there is none."""
+        if self.first is None:
+            return ""
+        every = self.first.with_stem("*")
+        return f"of a folder only pictures are taken; name its videos: {self.first}, or {every} for all"
 
 
 def detect_videos(

@@ -7,7 +7,7 @@ import glob
 import os
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -72,7 +72,13 @@ def find_images(sources: Iterable[str]) -> list[FoundImage]:
 
 
 @contextmanager
-def list_images(sources: Iterable[str], *, leave_out: Sequence[Path] = (), strict: bool = False) -> Iterator[ImageList]:
+def list_images(
+    sources: Iterable[str],
+    *,
+    leave_out: Sequence[Path] = (),
+    strict: bool = False,
+    on_other: Callable[[str], None] | None = None,
+) -> Iterator[ImageList]:
     """Find the pictures that files, folders and patterns name, without holding them all in memory.
 
     Folders are searched to the bottom for names with the usual extensions, hidden files and folders aside. Patterns
@@ -83,6 +89,7 @@ def list_images(sources: Iterable[str], *, leave_out: Sequence[Path] = (), stric
         leave_out: folders whose pictures do not count, however they are reached.
         strict: a folder that cannot be read, in one that is searched, is an error; else it is listed itself, and fails
             as a picture does that cannot be read. Patterns pass it over, as they do everywhere.
+        on_other: called with the path of each file in a folder that was named that is no picture, hidden ones aside.
 
     Yields:
         each picture once, in the order of the sources and sorted by name within each. Names are relative to the folder
@@ -93,7 +100,7 @@ def list_images(sources: Iterable[str], *, leave_out: Sequence[Path] = (), stric
     """
     try:
         with closing(_temporary(*_TABLES)) as database:
-            search = _Search(database, strict=strict)
+            search = _Search(database, strict=strict, on_other=on_other or _ignore)
             for source in sources:
                 search.add(source)
             images = ImageList(database)
@@ -113,6 +120,10 @@ def list_images(sources: Iterable[str], *, leave_out: Sequence[Path] = (), stric
         ) from error
 
 
+def _ignore(path: str) -> None:
+    """Take no notice of a file."""
+
+
 # `real` is the file with the links of its folder resolved. All are bytes, for a name may hold some that are no text.
 _TABLES = (
     "CREATE TABLE image (id INTEGER PRIMARY KEY, path BLOB, real BLOB UNIQUE, name BLOB)",
@@ -124,8 +135,8 @@ _COLUMNS = "path, real, name"
 class _Search:
     """What fills the tables."""
 
-    def __init__(self, database: sqlite3.Connection, *, strict: bool) -> None:
-        self._database, self._strict = database, strict
+    def __init__(self, database: sqlite3.Connection, *, strict: bool, on_other: Callable[[str], None]) -> None:
+        self._database, self._strict, self._on_other = database, strict, on_other
         database.create_function("sort_key", 1, _sort_key, deterministic=True)
         self._real_folder = lru_cache(maxsize=4096)(Path.resolve)
 
@@ -149,7 +160,7 @@ class _Search:
         try:
             if path.is_dir():
                 os.scandir(path).close()  # That what was named itself cannot be read is always an error.
-                if not self._add_sorted(_walk(path, strict=self._strict)):
+                if not self._add_sorted(_walk(path, strict=self._strict, on_other=self._on_other)):
                     raise DataError(
                         f"the folder {source} holds no pictures", f"searched with all its folders; {READABLE}"
                     )
@@ -287,13 +298,15 @@ def _sort_key(raw: bytes) -> bytes:
     return raw.replace(b"/", b"\0")
 
 
-def _walk(folder: Path, *, strict: bool) -> Iterator[FoundImage]:
+def _walk(folder: Path, *, strict: bool, on_other: Callable[[str], None]) -> Iterator[FoundImage]:
     """The pictures of a folder, to its bottom, in the order in which the disk gives them."""
-    for _, pictures in _scan(folder, strict=strict):
+    for _, pictures in _scan(folder, strict=strict, on_other=on_other):
         yield from pictures
 
 
-def _scan(top: Path, *, strict: bool) -> Iterator[tuple[Path, Iterator[FoundImage]]]:
+def _scan(
+    top: Path, *, strict: bool, on_other: Callable[[str], None] = _ignore
+) -> Iterator[tuple[Path, Iterator[FoundImage]]]:
     """A folder and those below it, each once and with its pictures, named from the top; hidden ones aside."""
     seen: set[Path] = set()
     waiting, real_top = [(top, "")], real_path(top)
@@ -305,7 +318,7 @@ def _scan(top: Path, *, strict: bool) -> Iterator[tuple[Path, Iterator[FoundImag
             continue
         seen.add(real)
         folders: list[str] = []
-        pictures = _pictures(here, prefix, folders, strict=strict)
+        pictures = _pictures(here, prefix, folders, strict=strict, on_other=on_other)
         yield here, pictures
         for _ in pictures:  # What nobody has looked at: the folders come among them.
             pass
@@ -313,7 +326,9 @@ def _scan(top: Path, *, strict: bool) -> Iterator[tuple[Path, Iterator[FoundImag
         waiting += [(here / name, f"{prefix}{name}/") for name in sorted(folders, reverse=True)]
 
 
-def _pictures(here: Path, prefix: str, folders: list[str], *, strict: bool) -> Iterator[FoundImage]:
+def _pictures(
+    here: Path, prefix: str, folders: list[str], *, strict: bool, on_other: Callable[[str], None]
+) -> Iterator[FoundImage]:
     """The pictures in a folder itself, or the folder if it cannot be read; those in it are added to a list."""
     try:
         with os.scandir(here) as entries:
@@ -324,6 +339,8 @@ def _pictures(here: Path, prefix: str, folders: list[str], *, strict: bool) -> I
                     folders.append(entry.name)
                 elif is_picture_name(entry.name):
                     yield FoundImage(here / entry.name, prefix + entry.name)
+                else:
+                    on_other(entry.path)
     except OSError as error:
         if strict:
             raise DataError(f"the folder {here} cannot be read: {error.strerror}", "change its permissions") from error

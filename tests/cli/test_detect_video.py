@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import av
@@ -78,6 +79,19 @@ def test_a_pattern_names_videos(run, video, weights):
     code, _, stderr = run("detect", f"{video.parent}/*.mp4", "--weights", weights)
     assert code == 4
     assert "*.mp4' matches no videos" in stderr
+
+
+def test_videos_beside_pictures_are_told_of(run, video, weights, tmp_path):
+    folder = tmp_path / "mixed"
+    for name in ("b.mkv", "a.mkv", "sub/c.mkv", ".hidden.mkv"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        shutil.copy(video, folder / name)
+    Image.new("RGB", (64, 64)).save(folder / "one.png")
+    (folder / "notes.txt").touch()
+    code, stdout, stderr = run("detect", folder, "--weights", weights, "--json")
+    assert (code, len(json.loads(stdout)["pictures"])) == (0, 1)
+    assert f"passed over 3 videos: of a folder only pictures are taken; name its videos: {folder / 'a.mkv'}" in stderr
+    assert "passed over" not in run("detect", folder / "one.png", "--weights", weights).stderr
 
 
 def test_a_folder_with_videos_alone_says_how_to_name_them(run, video, weights):
