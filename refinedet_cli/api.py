@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -27,7 +28,7 @@ from refinedet_cli.data.images import image_pixels, read_image
 from refinedet_cli.engine import training_session
 from refinedet_cli.engine.device import DeviceName, PrecisionName, select_device
 from refinedet_cli.engine.open_predictor import open_predictor
-from refinedet_cli.engine.predict import AnyPredictor, default_batch
+from refinedet_cli.engine.predict import AnyPredictor, Predictor, default_batch
 from refinedet_cli.engine.publish import prepare_upload, send
 from refinedet_cli.engine.results import detection_rows
 from refinedet_cli.engine.train import Report, TrainResult
@@ -236,18 +237,24 @@ class Detector:
             PictureError: it is something else, or an array that is not uint8[H, W, 3].
         """
         if isinstance(pictures, (str, Path, Image.Image, np.ndarray)):
-            return self._predict([pictures], score)[0]
+            return self._predict(self._predictor, [pictures], score)[0]
         if not isinstance(pictures, Sequence):
             raise _no_picture(pictures)
         size = batch or default_batch(self._predictor.device)
         found: list[Found] = []
         for first in range(0, len(pictures), size):
-            found += self._predict(pictures[first : first + size], score)
+            some = pictures[first : first + size]
+            found += self._predict(self._predictor if len(some) == 1 else self._predictor_for_many, some, score)
         return found
 
-    def _predict(self, pictures: Sequence[Picture], score: float) -> list[Found]:
+    @cached_property
+    def _predictor_for_many(self) -> AnyPredictor:
+        predictor = self._predictor
+        return predictor.for_many() if isinstance(predictor, Predictor) else predictor
+
+    def _predict(self, predictor: AnyPredictor, pictures: Sequence[Picture], score: float) -> list[Found]:
         arrays = [_pixels(picture) for picture in pictures]
-        detections = self._predictor.predict(arrays)
+        detections = predictor.predict(arrays)
         return [
             _found(found.above(score), self._predictor.classes, array, picture)
             for found, array, picture in zip(detections, arrays, pictures, strict=True)

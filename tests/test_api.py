@@ -18,6 +18,7 @@ from refinedet_cli.cli.detect import detect
 from refinedet_cli.cli.train import train as train_command
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import tiny
+from refinedet_cli.engine.predict import Predictor
 from refinedet_cli.errors import CheckpointError, DataError, UsageError
 from refinedet_cli.zoo.checkpoint import file_sha256, read_header
 
@@ -85,6 +86,23 @@ def test_many_pictures_are_found_like_one(detector, pictures):
         assert_equal(one, detector.predict(path))
         np.testing.assert_allclose(other.scores, one.scores, atol=1e-5)
     assert detector.predict([]) == []
+
+
+def test_lists_are_computed_as_detect_does_and_single_pictures_by_all_cores(weights, pictures, monkeypatch):
+    lanes: list[int] = []
+    predict = Predictor.predict
+
+    def watched(self, images):
+        lanes.append(self._lanes.count)
+        return predict(self, images)
+
+    monkeypatch.setattr(Predictor, "predict", watched)
+    monkeypatch.setattr("refinedet_cli.engine.predict.lanes_for", lambda device: 2)
+    detector = Detector.load(weights, device="cpu")
+    for given in (pictures[0], pictures[:1], pictures, pictures):
+        detector.predict(given)
+    detector.predict(pictures, batch=2)
+    assert lanes == [1, 1, 2, 2, 2, 1]
 
 
 def test_what_is_no_picture_is_refused(detector, tmp_path):

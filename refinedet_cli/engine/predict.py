@@ -111,6 +111,13 @@ class Predictor:
             self._lanes = Lanes(1)
             self._network = prepare()
 
+    def for_many(self) -> Predictor:
+        """Give what computes many pictures at a time the fastest: this one, or one of the same weights with lanes."""
+        lanes = lanes_for(self.device)
+        if type(self) is not Predictor or self._lanes.count == lanes or not self._network.suits_lanes:
+            return self
+        return Predictor(self.loaded, device=self.device, precision=self.precision, lanes=lanes)
+
     @property
     def config(self) -> DetectorConfig:
         """The config the detector was built from."""

@@ -17,7 +17,7 @@ from refinedet_cli.core.postprocess import soften, suppress, to_detections
 from refinedet_cli.core.preprocess import preprocess
 from refinedet_cli.core.presets import tiny
 from refinedet_cli.engine.lanes import lanes_for
-from refinedet_cli.engine.predict import Predictor, default_batch
+from refinedet_cli.engine.predict import Predictor, ReferencePredictor, default_batch
 from refinedet_cli.zoo.checkpoint import LoadedDetector, load_detector
 
 CPU = torch.device("cpu")
@@ -215,6 +215,23 @@ def test_a_heavy_network_is_shared_by_all_threads(loaded, images, assert_same, m
     for mine, other in zip(predictor.predict(images), expected, strict=True):
         assert_same(mine, other)
     assert threads == [2] * len(images)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_many_pictures_get_lanes_where_these_pay(loaded, images, assert_same, monkeypatch):
+    one = Predictor(loaded, device=CPU, precision="fp32")
+    many = one.for_many()
+    assert many._lanes.count == 2
+    assert many.for_many() is many
+    for mine, other in zip(one.predict(images), many.predict(images), strict=True):
+        assert_same(mine, other)
+    reference = ReferencePredictor(loaded, device=CPU, precision="fp32")
+    assert reference.for_many() is reference
+    monkeypatch.setattr(fused, "_MOST_BYTES", 1)
+    heavy = Predictor(loaded, device=CPU, precision="fp32")
+    assert heavy.for_many() is heavy
+    torch.set_num_threads(1)
+    assert one.for_many() is one
 
 
 @pytest.mark.usefixtures("two_threads")
