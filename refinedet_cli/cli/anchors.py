@@ -118,11 +118,10 @@ def anchors(
     """See how well anchors cover the objects of your data, and find better ones.
 
     Objects and anchors are matched exactly as in training. It takes boxes alone; pictures are opened for --weights and
-    --visualize, and where some must be held out. The train part is looked at; DATA:PART names another,
-    and several --dataset are joined. The search fits
-    shapes to it, with no more anchors than now, and proposes them only if they win on pictures it has not seen: the val
-    part, or 15 % held out. With --out, that folder gets anchors.toml for train --anchors, and the report as
-    anchors.json.
+    --visualize, and where some must be held out. The train part is looked at; DATA:PART names another, and several
+    --dataset are joined. The search fits shapes to it, with no more anchors than now, and proposes them only if they
+    win on pictures it has not seen: the val part, or 15 % held out. With --out, that folder gets anchors.toml for train
+    --anchors, and the report as anchors.json.
     """
     output = Output(json=json, quiet=quiet)
     if visualize and out is None:

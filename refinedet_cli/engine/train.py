@@ -334,7 +334,8 @@ class _Run:
 
     @contextmanager
     def claimed_folder(self) -> Iterator[None]:
-        """Keep other runs from the folder, which is made where missing."""
+        """Keep other runs from the folder, which is made where missing and all processes agree on what to do."""
+        self._refuse_differences()
         with ExitStack() as stack:
             self.processes.from_first(lambda: self._claim_folder(stack))
             yield
@@ -344,7 +345,6 @@ class _Run:
         stack.enter_context(claimed(self.options.out))
 
     def run(self) -> TrainResult:
-        self._refuse_differences()
         self.processes.from_first(self._prepare_folder)
         if self.options.resume:
             self._resume(self.processes.from_first(lambda: load_state(self.options.out / STATE_FILE)))
