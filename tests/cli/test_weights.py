@@ -20,7 +20,7 @@ from refinedet_cli.core.build import build
 from refinedet_cli.core.config import Classes
 from refinedet_cli.core.presets import tiny
 from refinedet_cli.zoo.checkpoint import save_checkpoint
-from refinedet_cli.zoo.hub import DEFAULT_WEIGHTS, resolve_weights
+from refinedet_cli.zoo.hub import DEFAULT_WEIGHTS, read_manifest, resolve_weights
 from refinedet_cli.zoo.hub_client import network
 
 SIGNS = Classes(names=("stop", "give | way"), category_ids=(3, 7))
@@ -267,14 +267,15 @@ def test_a_hostile_file_is_refused(hub, run, tmp_path, picture, monkeypatch, con
         assert stderr.startswith("error: ")
         assert "Traceback" not in stderr
     assert not Path("harmed").exists()
-    assert json.loads(run("weights", "list", "--json").stdout)["models"][1:] == []
+    assert {m["source"] for m in json.loads(run("weights", "list", "--json").stdout)["models"]} == {"bundled"}
 
 
 # List and info.
 
 
 def test_list_shows_bundled_and_cached_models_of_ours(hub, run, checkpoint):
-    assert [m["name"] for m in json.loads(run("weights", "list", "--json").stdout)["models"]] == [DEFAULT_WEIGHTS]
+    bundled = list(read_manifest())
+    assert [m["name"] for m in json.loads(run("weights", "list", "--json").stdout)["models"]] == bundled
     commit = hub.put("acme/signs", {"night.safetensors": checkpoint}, "v2")
     hub.put("acme/signs", {"model.safetensors": checkpoint, "README.md": b"---\nlicense: mit\n---\n"})
     hub.put("timm/other", {"model.safetensors": HOSTILE["another tool's"]})
@@ -283,14 +284,15 @@ def test_list_shows_bundled_and_cached_models_of_ours(hub, run, checkpoint):
     assert run("weights", "pull", "timm/other").code == 5
     hub.stop()
     models = json.loads(run("weights", "list", "--json").stdout)["models"]
-    assert [m["name"] for m in models] == [DEFAULT_WEIGHTS, "acme/signs", "acme/signs@v2:night.safetensors"]
-    assert {k: models[1][k] for k in ("source", "classes", "trained_on", "scored_on", "AP50", "licence")} == {
+    assert [m["name"] for m in models] == [*bundled, "acme/signs", "acme/signs@v2:night.safetensors"]
+    default, (first, second) = models[0], models[len(bundled) :]
+    assert {k: first[k] for k in ("source", "classes", "trained_on", "scored_on", "AP50", "licence")} == {
         "source": "cache", "classes": 2, "trained_on": "signs/train", "scored_on": "signs/val", "AP50": 0.5,
         "licence": "mit",
     }  # fmt: skip
-    assert (models[0]["licence"], models[2]["licence"]) == ("Apache-2.0", None)
-    assert commit in str(models[2]["path"])
-    for model in models[1:]:
+    assert (default["licence"], second["licence"]) == ("Apache-2.0", None)
+    assert commit in str(second["path"])
+    for model in (first, second):
         assert resolve_weights(model["name"]).read_bytes() == checkpoint
     table = run("weights", "list").stdout
     assert "acme/signs@v2:night.safetensors" in table
@@ -336,7 +338,7 @@ def test_push_then_pull_is_equal_byte_for_byte(hub, writer, run, run_folder, che
     assert files["model.safetensors"] == checkpoint
     assert run("weights", "pull", "acme/signs").code == 0
     assert resolve_weights("acme/signs").read_bytes() == checkpoint
-    assert json.loads(run("weights", "list", "--json").stdout)["models"][1]["licence"] == "mit"
+    assert json.loads(run("weights", "list", "--json").stdout)["models"][-1]["licence"] == "mit"
 
 
 def test_the_card_is_made_from_the_checkpoint(run, run_folder, tmp_path):
@@ -384,12 +386,13 @@ def test_a_dry_run_sends_nothing_and_writes_the_card(hub, writer, run, run_folde
 def test_all_bundled_models_are_published_at_once(hub, writer, run):
     code, stdout, _ = run("weights", "push", "--all-bundled", "acme", "--json")
     assert code == 0
-    (done,) = json.loads(stdout)["models"]
-    assert done["repo"] == f"acme/{DEFAULT_WEIGHTS}"
-    files = hub.repos[done["repo"]].commits[done["commit"]]
-    assert hashlib.sha256(files["model.safetensors"]).hexdigest() == done["sha256"]
-    assert sorted(files) == ["README.md", "classes.png", "model.safetensors"]
-    assert b"license: apache-2.0" in files["README.md"]
+    models = json.loads(stdout)["models"]
+    assert [done["repo"] for done in models] == [f"acme/{name}" for name in read_manifest()]
+    for done in models:
+        files = hub.repos[done["repo"]].commits[done["commit"]]
+        assert hashlib.sha256(files["model.safetensors"]).hexdigest() == done["sha256"]
+        assert sorted(files) == ["README.md", "classes.png", "model.safetensors"]
+        assert b"license: apache-2.0" in files["README.md"]
 
 
 @pytest.mark.parametrize(
