@@ -84,15 +84,15 @@ def refinedet320_vgg16(classes: Classes) -> Preset:
     )
 
 
+def _of_512(base: Preset, name: str) -> Preset:
+    """Give a preset another name and an input of 512 x 512; the anchors keep their sizes in pixels, as published."""
+    preprocess = replace(base.detector.preprocess, height=512, width=512)
+    return replace(base, detector=replace(base.detector, preset=name, preprocess=preprocess))
+
+
 def refinedet512_vgg16(classes: Classes) -> Preset:
     """RefineDet512 with VGG-16 as published: the same network and anchors on a larger input."""
-    base = refinedet320_vgg16(classes)
-    detector = replace(
-        base.detector,
-        preset="refinedet512_vgg16",
-        preprocess=replace(base.detector.preprocess, height=512, width=512),
-    )
-    return replace(base, detector=detector)
+    return _of_512(refinedet320_vgg16(classes), "refinedet512_vgg16")
 
 
 def refinedet320_resnet101(classes: Classes) -> Preset:
@@ -117,12 +117,8 @@ def refinedet320_resnet101(classes: Classes) -> Preset:
 def refinedet512_resnet101(classes: Classes) -> Preset:
     """RefineDet512 with ResNet-101 as published; 91 epochs of trainval35k at batch 20 are about 540k steps."""
     base = refinedet320_resnet101(classes)
-    detector = replace(
-        base.detector,
-        preset="refinedet512_resnet101",
-        preprocess=replace(base.detector.preprocess, height=512, width=512),
-    )
-    return replace(base, detector=detector, train=replace(base.train, batch=20, epochs=91, milestones=(20 / 27, 8 / 9)))
+    train = replace(base.train, batch=20, epochs=91, milestones=(20 / 27, 8 / 9))
+    return _of_512(replace(base, train=train), "refinedet512_resnet101")
 
 
 def refinedet320_resnet50(classes: Classes) -> Preset:
@@ -191,13 +187,7 @@ def refinedet320_mobilenetv2(classes: Classes) -> Preset:
 
 def refinedet512_mobilenetv2(classes: Classes) -> Preset:
     """The light default on a larger input, for small objects; 2.6 times the work of a picture."""
-    base = refinedet320_mobilenetv2(classes)
-    detector = replace(
-        base.detector,
-        preset="refinedet512_mobilenetv2",
-        preprocess=replace(base.detector.preprocess, height=512, width=512),
-    )
-    return replace(base, detector=detector)
+    return _of_512(refinedet320_mobilenetv2(classes), "refinedet512_mobilenetv2")
 
 
 def ssd300_anchors() -> AnchorConfig:
