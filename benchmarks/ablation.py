@@ -259,7 +259,7 @@ def plot(curves: Sequence[Curve], out: Path) -> None:
                 axes.fill_between(curve.seen, values.min(axis=0), values.max(axis=0), color=f"C{i}", alpha=0.15)
         axes.set(xlabel="pictures seen", ylabel=f"{metric} on the validation data", xlim=(0, None))
         axes.grid(alpha=0.3)
-    panels[0].legend(frameon=False, fontsize="small", loc="lower right")
+    panels[0].legend(frameon=False, fontsize="small", loc="best")
     figure.savefig(out, dpi=130)
     pyplot.close(figure)
 
