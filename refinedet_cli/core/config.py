@@ -226,7 +226,7 @@ class LossConfig:
             _require(
                 0 < negative <= positive <= 1,
                 f"loss.{part}_negative_iou and loss.{part}_positive_iou must satisfy 0 < negative <= positive <= 1, "
-                f"not {negative} and {positive}",
+                f"not {negative} and {positive}: set both",
             )
         _require(self.neg_ratio >= 0, f"loss.neg_ratio must not be negative, not {self.neg_ratio}")
         _require(0 <= self.arm_filter < 1, f"loss.arm_filter must be in [0, 1), not {self.arm_filter}")
