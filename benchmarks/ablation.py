@@ -67,8 +67,8 @@ _NO_FILTER = ("loss.arm_filter=0", "postprocess.arm_filter=0")
 _NO_CASCADE = (*_NO_FILTER, "network.arm=false", *_ODM_05)
 _GIOU = ("loss.odm_box=giou", "loss.odm_box_weight=2")
 _PAPER_RECIPE = (
-    "network.tcb_norm=none", "train.optimizer=sgd", "train.lr=0.001", "train.bias_lr=2", "train.backbone_lr=1",
-    "train.weight_decay=0.0005", "train.augment.expand_max=4", *_ODM_05, _BLIND,
+    "network.tcb_norm=none", "network.head_init=xavier", "train.optimizer=sgd", "train.lr=0.001", "train.bias_lr=2",
+    "train.backbone_lr=1", "train.weight_decay=0.0005", "train.augment.expand_max=4", *_ODM_05, _BLIND,
 )  # fmt: skip
 MODULES: Mapping[str, Variant] = {
     "refinedet": Variant("RefineDet"),
@@ -89,6 +89,7 @@ RECIPE: Mapping[str, Variant] = {
     "odm-0.6": Variant("ODM matches above 0.6", settings=("loss.odm_positive_iou=0.6", "loss.odm_negative_iou=0.6")),
     "blind": Variant("the ODM does not read the ARM, as in the paper", settings=(_BLIND,)),
     "odm-0.5-blind": Variant("both as in the paper", settings=(*_ODM_05, _BLIND)),
+    "xavier": Variant("heads begin as in the paper", settings=("network.head_init=xavier",)),
     "giou": Variant("GIoU for the ODM's boxes", settings=_GIOU),
     "cascade": Variant("GIoU whose gradient reaches the ARM", settings=(*_GIOU, "loss.cascade_gradient=true")),
     "quality": Variant("class targets by IoU", settings=("loss.quality=0.5",)),

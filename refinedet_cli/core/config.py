@@ -174,6 +174,7 @@ class NetworkConfig:
     fc6_dilation: int = 3
     tcb_up: Literal["2x2", "3x3"] = "2x2"
     tcb_top: Literal["relu", "linear"] = "relu"
+    head_init: Literal["xavier", "prior"] = "xavier"
 
     def __post_init__(self) -> None:
         _require(
@@ -391,6 +392,10 @@ def _check_yolo(config: DetectorConfig) -> None:
     _check_sides(config)
     for name in ("arm", "tcb", "head_blocks", "odm_reads_arm"):
         _require(not getattr(config.network, name), f"network.{name} must be false: a YOLO has none")
+    _require(
+        config.network.head_init == "xavier",
+        "network.head_init must be left out: it is of heads with anchors, which a YOLO has not",
+    )
     # Said rather than ignored, whatever it was meant to change.
     for field in dataclasses.fields(NetworkConfig):
         _require(

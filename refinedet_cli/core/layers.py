@@ -13,6 +13,8 @@ from torchvision.models.resnet import Bottleneck
 
 Norm = Literal["none", "batch", "group"]
 GROUP_SIZE = 16
+# What weights are multiplied by that are to predict next to nothing, and can still learn at once.
+_DAMPING = 0.1
 
 
 class L2Norm(nn.Module):
@@ -179,6 +181,24 @@ class AnchorHead(nn.Module):
         ]
         logits, offsets = torch.cat(flat, dim=1).split([self.classes, 4], dim=-1)
         return logits, offsets
+
+    def begin_at_prior(self, negatives: float) -> None:
+        """Make fresh weights predict next to nothing: anchors hardly move, and most are background.
+
+        Drawn from Caffe's "xavier", weights make logits and offsets of the features' size, and what is lost at first
+        disturbs a pretrained backbone.
+
+        Args:
+            negatives: mined for each positive; background begins as likely as it is among these anchors, and the
+                classes are alike.
+
+        Source: the prior of focal loss (arXiv:1708.02002, Sec. 4.1), here for mined negatives.
+        """
+        with torch.no_grad():
+            for level in self.levels:
+                level.weight.mul_(_DAMPING)  # type: ignore[operator]
+                # Without negatives classes stand alone.
+                level.bias.view(-1, self.classes + 4)[:, 0] = math.log(max(negatives, 1.0) * (self.classes - 1))  # type: ignore[operator]
 
 
 class ArmReader(nn.Module):

@@ -156,13 +156,15 @@ def refinedet320_mobilenetv2(classes: Classes) -> Preset:
 
     Differs from the paper in what its ODM learns from, besides: of refined anchors only those that overlap an object by
     0.7 (0.5 there) are positive, else anchors that come from afar score as high as better placed ones; and it reads the
-    ARM's outputs. On 205 pictures of blood cells both together bring 3 to 6 points AP (benchmarks/ablation.py).
+    ARM's outputs. And its heads begin at a prior. benchmarks/ablation.py measures what each is worth.
     """
     return Preset(
         detector=DetectorConfig(
             preset="refinedet320_mobilenetv2",
             classes=classes,
-            network=NetworkConfig(backbone="mobilenet_v2", tcb_channels=128, tcb_norm="group", odm_reads_arm=True),
+            network=NetworkConfig(
+                backbone="mobilenet_v2", tcb_channels=128, tcb_norm="group", odm_reads_arm=True, head_init="prior"
+            ),
             anchors=paper_anchors(),
             loss=LossConfig(odm_positive_iou=0.7, odm_negative_iou=0.7),
             preprocess=PreprocessConfig(mean=(127.5, 127.5, 127.5), std=(127.5, 127.5, 127.5)),
@@ -290,7 +292,7 @@ def tiny(classes: Classes) -> Preset:
     detector = replace(
         base.detector,
         preset="tiny",
-        network=replace(base.detector.network, tcb_channels=32, odm_reads_arm=False),
+        network=replace(base.detector.network, tcb_channels=32, odm_reads_arm=False, head_init="xavier"),
         loss=LossConfig(),
         anchors=AnchorConfig.from_sizes(sizes=(8, 16, 32, 64), ratios=(1, 2, 0.5), strides=(8, 16, 32, 64)),
         preprocess=replace(base.detector.preprocess, height=64, width=64),

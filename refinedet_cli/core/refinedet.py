@@ -81,6 +81,10 @@ class RefineDet(nn.Module):
         self.arm_blocks = _head_blocks(sources) if network.arm and network.head_blocks else None
         self.odm_blocks = _head_blocks(widths) if network.head_blocks else None
         self._draw_weights(network)
+        if network.head_init == "prior":
+            for head in (self.arm, self.odm):
+                if head is not None:
+                    head.begin_at_prior(config.loss.neg_ratio)
 
     def _draw_weights(self, network: NetworkConfig) -> None:
         """Draw the parts after the backbone as the official code does: what is batch normalised has its own filler."""

@@ -42,6 +42,8 @@ class SSD(nn.Module):
         per_cell = anchors_per_cell(config.require_anchors())
         self.head = AnchorHead(self.backbone.channels, per_cell, config.classes.with_background)
         caffe_init(self.head)
+        if config.network.head_init == "prior":
+            self.head.begin_at_prior(config.loss.neg_ratio)
 
     def forward(self, images: Tensor) -> RawOutput:
         """Map preprocessed pictures float[B, 3, H, W], of sides that fit the backbone, to `RawOutput`."""

@@ -34,6 +34,7 @@ DETECTOR = DetectorConfig(
     network=NetworkConfig(
         backbone="timm/regnety_002", tcb_channels=48, tcb_norm="group", arm=False, tcb=False, head_blocks=True,
         odm_reads_arm=True, stride_in="1x1", stem_pool="ceil", fc6_dilation=6, tcb_up="3x3", tcb_top="linear",
+        head_init="prior",
     ),
     anchors=AnchorConfig(
         shapes=(((1 / 3, 2.5),), ((4.0, 5.0), (6.0, 7.0)), ((8.0, 9.0),), ((1e-3, 1e3),)), variances=(0.3, 0.7)

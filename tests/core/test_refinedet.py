@@ -379,6 +379,33 @@ def test_caffe_init_draws_by_fan_in():
         assert not layer.bias.any()
 
 
+def begun(head_init: str, neg_ratio: float = 3.0) -> RawOutput:
+    config = tiny(TWO).detector
+    network = replace(config.network, head_init=head_init)
+    with torch.no_grad():
+        return seeded(replace(config, network=network, loss=replace(config.loss, neg_ratio=neg_ratio)))(
+            images_of(2, 3, 64, 64)
+        )
+
+
+@pytest.mark.parametrize(("neg_ratio", "background"), [(3.0, 0.75), (7.0, 0.875), (0.0, 0.5)])
+def test_at_the_prior_background_is_as_likely_as_among_mined_anchors_and_classes_are_alike(neg_ratio, background):
+    raw = begun("prior", neg_ratio)
+    for logits, offsets in ((raw.arm_logits, raw.arm_offsets), (raw.odm_logits, raw.odm_offsets)):
+        likely = logits.softmax(dim=-1).mean(dim=(0, 1))
+        classes = len(likely) - 1
+        expected = torch.tensor([background, *[(1 - background) / classes] * classes])
+        assert_close(likely, expected, rtol=0, atol=0.01)
+        assert float(offsets.std()) < 0.1
+
+
+def test_heads_as_in_the_paper_begin_ten_times_as_loud():
+    prior, paper = begun("prior"), begun("xavier")
+    assert_close(paper.arm_offsets, 10 * prior.arm_offsets)
+    assert_close(paper.odm_offsets, 10 * prior.odm_offsets)
+    assert_close(paper.odm_logits[..., 1:], 10 * prior.odm_logits[..., 1:])
+
+
 def test_gaussian_init_draws_alike_at_any_fan_in():
     layers = nn.Sequential(nn.Conv2d(256, 12, 3), nn.Conv2d(16, 800, 1))
     with torch.random.fork_rng(devices=[]):

@@ -291,6 +291,17 @@ def test_the_comparison_is_fair():
 # Training.
 
 
+def test_at_the_prior_background_is_as_likely_as_among_mined_anchors():
+    config = small()
+    with torch.no_grad():
+        raw = seeded(replace(config, network=replace(config.network, head_init="prior"))).network(
+            torch.randn(2, 3, 64, 128, generator=torch.Generator().manual_seed(0))
+        )
+    likely = raw.logits.softmax(dim=-1).mean(dim=(0, 1))
+    assert float(likely[0]) == pytest.approx(0.75, abs=0.02)
+    assert likely[1:].tolist() == pytest.approx([0.25 / (len(likely) - 1)] * (len(likely) - 1), abs=0.02)
+
+
 def test_every_parameter_is_pulled():
     detector = seeded(small())
     images = torch.randn(2, 3, 64, 128, generator=torch.Generator().manual_seed(0))

@@ -617,6 +617,10 @@ ANCHORS = AnchorConfig.from_sizes(sizes=(8, 16, 32, 64), ratios=(1,), strides=(8
             {"network": NetworkConfig(backbone="vgg16", arm=False, tcb=False, tcb_channels=64)},
             "network.tcb_channels is of transfer connection blocks",
         ),
+        (
+            {"network": NetworkConfig(backbone="vgg16", arm=False, tcb=False, head_init="prior")},
+            "network.head_init must be left out",
+        ),
         ({"preprocess": PreprocessConfig(height=96)}, "preprocess.height must be a positive multiple of 64, not 96"),
         ({"family": "refinedet"}, "setting 'anchors' is missing: a refinedet needs it"),
         ({"family": "ssd", "anchors": ANCHORS}, "grid must be left out: a ssd has none"),
