@@ -185,8 +185,8 @@ class AnchorHead(nn.Module):
     def begin_at_prior(self, negatives: float) -> None:
         """Make fresh weights predict next to nothing: anchors hardly move, and most are background.
 
-        Drawn from Caffe's "xavier", weights make logits and offsets of the features' size, and what is lost at first
-        disturbs a pretrained backbone.
+        As drawn from Caffe's "xavier", weights make logits and offsets as large as the features, and the loss of these
+        disturbs a pretrained backbone at first.
 
         Args:
             negatives: mined for each positive; background begins as likely as it is among these anchors, and the
