@@ -297,19 +297,25 @@ def make_loader(
         worker_init_fn=_leave_interrupts_to_the_run,
     )
     batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches, None)
-        except (OSError, EOFError) as error:
-            if not workers:
-                raise
-            # What a worker hands over needs its help to be taken: in that moment, it was killed.
-            raise lost_worker(error) from None
-        if batch is None:
-            return
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    try:
+        while True:
+            batch: Batch | DataError | DeviceError | None
+            try:
+                batch = next(batches, None)
+            except (OSError, EOFError) as error:
+                if not workers:
+                    raise
+                # What a worker hands over needs its help to be taken: in that moment, it was killed.
+                batch = lost_worker(error)
+            if batch is None:
+                return
+            if isinstance(batch, DataError | DeviceError):
+                raise batch
+            yield batch
+    finally:
+        # An error keeps this frame. What is left of the loader would end with it, at any time, in any order: queues
+        # would close before it writes its last words to them.
+        del batches
 
 
 def lost_worker(error: Exception) -> DeviceError:

@@ -389,6 +389,8 @@ def test_a_bad_picture_is_a_plain_error_from_workers_too(dataset, workers, fault
     expected = "annotation says" if fault == "size" else r"gone\.png"
     with pytest.raises(DataError, match=expected) as caught:
         list(make_loader(samples, plan_of(7, 7, 1), 0, workers, pin=False))
+    # The error outlives the loader that raised it.
+    assert not multiprocessing.active_children()
     assert "Traceback" not in caught.value.message
     assert caught.value.hint
     with pytest.raises(DataError, match=expected):
